@@ -1,0 +1,413 @@
+// depthwise_conv3d on the CPU.
+//
+// A task is one frame and one block of channels. The rows of the grid that its taps read are staged in a small buffer of
+// wide numbers: there the conversion from 16 bits, σP and the zero padding are paid once an element, not once a tap, and
+// the inner loops know neither dtype nor border. The gradient of x is the same loop with the taps turned round.
+#include "inti/depthwise_conv3d.h"
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace inti::INTI_ISA {
+namespace {
+
+constexpr int kKernelTime = 3;
+// Columns of a staged row. Wider grids are cut into tiles, so that three rows of three frames fit the stack and the L1
+// or L2 cache, whatever the grid.
+constexpr int kColumns = 32;
+
+// 256 bytes of channels: whole cache lines, and few enough that the rows of a 16-wide grid stay in L1.
+template <class A>
+constexpr int kChannels = 256 / int(sizeof(A));
+
+template <class A>
+struct alignas(64) Row {
+  A at[kColumns][kChannels<A>];
+};
+
+// The last `Rows` rows of a frame, converted; row r lies in slot r mod Rows.
+template <class A, int Rows>
+struct RowRing {
+  Row<A> slots[Rows];
+  const Row<A>& row(int64_t r) const { return slots[(r + Rows) % Rows]; }
+};
+
+// Tokens [batch, frames, prefix + height·width, dim] that rows are staged from.
+struct Source {
+  const void* data;
+  Strides strides;
+  const void* position;  // wide [frames, dim], or null
+  int64_t prefix, height, width, dim;
+
+  Source(const DepthwiseConv3dShape& shape, const void* data, const Strides& strides, const void* position)
+      : data(data),
+        strides(strides),
+        position(position),
+        prefix(shape.prefix),
+        height(shape.height),
+        width(shape.width),
+        dim(shape.dim) {}
+};
+
+struct Tile {
+  int64_t channel, column;  // the first ones
+  int channels, columns;
+};
+
+template <class T, class A>
+INTI_INLINE void stage_token(const T* token, const A* position, int channels, A* to) {
+  constexpr int lanes = kLanes<A>;
+  for (int c = 0; c < kChannels<A>; c += lanes) {
+    const int rest = channels - c;
+    Vec<A> v{};
+    if (rest >= lanes) {
+      v = load(token + c);
+      if (position) v += load(position + c);
+    } else if (rest > 0) {
+      v = load_first(token + c, rest);
+      if (position) v += load_first(position + c, rest);
+    }
+    store(to + c, v);
+  }
+}
+
+// Stages columns [tile.column − halo, tile.column + tile.columns + halo) of a row; what is outside the grid is 0.
+template <class T, class A>
+void stage_row(const Source& source, int64_t batch, int64_t frame, int64_t r, const Tile& tile, int halo, Row<A>& row) {
+  const A* position = source.position ? static_cast<const A*>(source.position) + frame * source.dim + tile.channel : nullptr;
+  const T* tokens = static_cast<const T*>(source.data) + batch * source.strides.batch + frame * source.strides.frame +
+                    (source.prefix + r * source.width) * source.strides.token + tile.channel;
+  for (int i = 0; i < tile.columns + 2 * halo; ++i) {
+    const int64_t column = tile.column + i - halo;
+    if (r >= 0 && r < source.height && column >= 0 && column < source.width)
+      stage_token(tokens + column * source.strides.token, position, tile.channels, row.at[i]);
+    else
+      for (int c = 0; c < kChannels<A>; ++c) row.at[i][c] = 0;
+  }
+}
+
+// One frame that an output frame reads, and the tap along time that it is read through.
+struct FrameTap {
+  int64_t frame;
+  int tap;
+};
+
+struct FrameTaps {
+  FrameTap at[kKernelTime];
+  int count;
+};
+
+// y[frame] reads x[stride·frame + tap − 1].
+FrameTaps frames_read(const DepthwiseConv3dShape& shape, int64_t out_frame) {
+  FrameTaps taps{};
+  for (int tap = 0; tap < kKernelTime; ++tap) {
+    const int64_t frame = shape.temporal_stride * out_frame + tap - 1;
+    if (frame >= 0 && frame < shape.frames) taps.at[taps.count++] = {frame, tap};
+  }
+  return taps;
+}
+
+// grad_x[frame] reads the gradients of the outputs that read x[frame].
+FrameTaps gradients_read(const DepthwiseConv3dShape& shape, int64_t frame) {
+  FrameTaps taps{};
+  for (int tap = 0; tap < kKernelTime; ++tap) {
+    const int64_t scaled = frame + 1 - tap;
+    if (scaled >= 0 && scaled % shape.temporal_stride == 0 && scaled / shape.temporal_stride < shape.frames / shape.temporal_stride)
+      taps.at[taps.count++] = {scaled / shape.temporal_stride, tap};
+  }
+  return taps;
+}
+
+// The weights of one block of channels, zero behind the last channel.
+template <class A, int K>
+struct alignas(64) Weights {
+  A at[kKernelTime][K][K][kChannels<A>];
+
+  // The gradient of x sees the taps of a row and a column from the other end.
+  Weights(const void* weight, int64_t dim, const Tile& tile, bool turned) {
+    const A* from = static_cast<const A*>(weight) + tile.channel;
+    for (int t = 0; t < kKernelTime; ++t)
+      for (int h = 0; h < K; ++h)
+        for (int w = 0; w < K; ++w) {
+          A* to = turned ? at[t][K - 1 - h][K - 1 - w] : at[t][h][w];
+          for (int c = 0; c < kChannels<A>; ++c) to[c] = c < tile.channels ? from[c] : A(0);
+          from += dim;
+        }
+  }
+};
+
+// Columns [first, first + N) of one output row and one vector of channels: N accumulators stay in registers while each
+// staged vector is loaded once for the K columns that it feeds.
+template <int N, int K, class A>
+INTI_INLINE void convolve_columns(const RowRing<A, K>* rings, const FrameTaps& taps, const Weights<A, K>& weights, int64_t r,
+                                  int first, int c, Vec<A> start, Row<A>& out) {
+  Vec<A> sums[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) sums[i] = start;
+  for (int f = 0; f < taps.count; ++f)
+    for (int h = 0; h < K; ++h) {
+      const A(*row)[kChannels<A>] = rings[f].row(r + h - K / 2).at + first;
+      Vec<A> taps_of_row[K];
+#pragma GCC unroll 3
+      for (int w = 0; w < K; ++w) taps_of_row[w] = load(&weights.at[taps.at[f].tap][h][w][c]);
+#pragma GCC unroll 10
+      for (int column = 0; column < N + K - 1; ++column) {
+        const Vec<A> v = load(&row[column][c]);
+#pragma GCC unroll 3
+        for (int w = 0; w < K; ++w)
+          if (column - w >= 0 && column - w < N) sums[column - w] += taps_of_row[w] * v;
+      }
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) store(&out.at[first + i][c], sums[i]);
+}
+
+template <int K, class A>
+INTI_INLINE void convolve_row(const RowRing<A, K>* rings, const FrameTaps& taps, const Weights<A, K>& weights, int64_t r,
+                              const Tile& tile, const A* bias, Row<A>& out) {
+  for (int c = 0; c < tile.channels; c += kLanes<A>) {
+    const Vec<A> start = load(bias + c);
+    int first = 0;
+    for (; first + 8 <= tile.columns; first += 8) convolve_columns<8, K>(rings, taps, weights, r, first, c, start, out);
+    for (; first + 4 <= tile.columns; first += 4) convolve_columns<4, K>(rings, taps, weights, r, first, c, start, out);
+    for (; first + 2 <= tile.columns; first += 2) convolve_columns<2, K>(rings, taps, weights, r, first, c, start, out);
+    if (first < tile.columns) convolve_columns<1, K>(rings, taps, weights, r, first, c, start, out);
+  }
+}
+
+// Convolves one frame tile by tile and hands every finished row to finish(r, tile, row).
+template <class T, int K, class A, class Finish>
+void convolve_frame(const Source& source, int64_t batch, const FrameTaps& taps, const Weights<A, K>& weights, Tile tile,
+                    const A* bias, const Finish& finish) {
+  constexpr int halo = K / 2, width = kColumns - 2 * halo;
+  RowRing<A, K> rings[kKernelTime];
+  Row<A> out;
+  for (tile.column = 0; tile.column < source.width; tile.column += width) {
+    tile.columns = int(source.width - tile.column < width ? source.width - tile.column : width);
+    for (int64_t r = -halo; r < source.height + halo; ++r) {
+      for (int f = 0; f < taps.count; ++f)
+        stage_row<T>(source, batch, taps.at[f].frame, r, tile, halo, rings[f].slots[(r + K) % K]);
+      if (r < halo) continue;
+      convolve_row<K>(rings, taps, weights, r - halo, tile, bias, out);
+      finish(r - halo, tile, out);
+    }
+  }
+}
+
+Tile channel_tile(int64_t dim, int64_t block, int channels) {
+  const int64_t channel = block * channels;
+  return {channel, 0, int(dim - channel < channels ? dim - channel : channels), 0};
+}
+
+template <class T, class A>
+INTI_INLINE void store_token(T* to, const A* from, int channels, bool accumulate) {
+  constexpr int lanes = kLanes<A>;
+  int c = 0;
+  for (; c + lanes <= channels; c += lanes) {
+    const Vec<A> v = load(from + c);
+    store(to + c, accumulate ? load(to + c) + v : v);
+  }
+  if (const int rest = channels - c; rest > 0) {
+    const Vec<A> v = load(from + c);
+    store_first(to + c, accumulate ? load_first(to + c, rest) + v : v, rest);
+  }
+}
+
+// Frames × blocks of channels, the blocks of a frame one after the other.
+template <class A, class Task>
+void for_each_frame_block(const DepthwiseConv3dShape& shape, int64_t frames, const Task& task) {
+  const int64_t blocks = (shape.dim + kChannels<A> - 1) / kChannels<A>;
+  parallel_for(shape.batch * frames * blocks, shape.threads, [&](int64_t i) {
+    task(i / blocks / frames, i / blocks % frames, channel_tile(shape.dim, i % blocks, kChannels<A>));
+  });
+}
+
+template <class T>
+void clear_prefix(T* frame, const DepthwiseConv3dShape& shape, const Tile& tile) {
+  for (int64_t k = 0; k < shape.prefix; ++k)
+    for (int c = 0; c < tile.channels; ++c) frame[k * shape.dim + tile.channel + c] = T{};
+}
+
+template <class T, int K>
+void forward(const DepthwiseConv3dForward& p) {
+  using A = wide_t<T>;
+  const DepthwiseConv3dShape& s = p.shape;
+  const Source source(s, p.x, p.x_strides, p.position);
+  const int64_t out_frames = s.frames / s.temporal_stride, tokens = s.prefix + s.height * s.width;
+  for_each_frame_block<A>(s, out_frames, [&](int64_t batch, int64_t frame, const Tile& block) {
+    const Weights<A, K> weights(p.weight, s.dim, block, false);
+    alignas(64) A bias[kChannels<A>] = {};
+    if (p.bias)
+      for (int c = 0; c < block.channels; ++c) bias[c] = static_cast<const A*>(p.bias)[block.channel + c];
+    T* y = static_cast<T*>(p.y) + (batch * out_frames + frame) * tokens * s.dim;
+    clear_prefix(y, s, block);
+    convolve_frame<T>(source, batch, frames_read(s, frame), weights, block, bias, [&](int64_t r, const Tile& tile, const Row<A>& row) {
+      T* to = y + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
+      for (int i = 0; i < tile.columns; ++i) store_token(to + i * s.dim, row.at[i], tile.channels, false);
+    });
+  });
+}
+
+// grad_x, and with it grad_position's sum over the tokens of each frame.
+template <class T, int K>
+void backward_x(const DepthwiseConv3dBackward& p) {
+  using A = wide_t<T>;
+  const DepthwiseConv3dShape& s = p.shape;
+  const Source source(s, p.grad_y, p.grad_y_strides, nullptr);
+  const int64_t tokens = s.prefix + s.height * s.width;
+  for_each_frame_block<A>(s, s.frames, [&](int64_t batch, int64_t frame, const Tile& block) {
+    const Weights<A, K> weights(p.weight, s.dim, block, true);
+    alignas(64) const A no_bias[kChannels<A>] = {};
+    alignas(64) A sum[kChannels<A>] = {};
+    T* grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + (batch * s.frames + frame) * tokens * s.dim : nullptr;
+    if (grad_x && !p.accumulate) clear_prefix(grad_x, s, block);
+    convolve_frame<T>(source, batch, gradients_read(s, frame), weights, block, no_bias, [&](int64_t r, const Tile& tile, const Row<A>& row) {
+      if (grad_x) {
+        T* to = grad_x + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
+        for (int i = 0; i < tile.columns; ++i) store_token(to + i * s.dim, row.at[i], tile.channels, p.accumulate);
+      }
+      if (!p.grad_position) return;
+      alignas(64) A row_sum[kChannels<A>] = {};  // a sum of sums loses less than one long sum
+      for (int i = 0; i < tile.columns; ++i)
+        for (int c = 0; c < kChannels<A>; ++c) row_sum[c] += c < tile.channels ? row.at[i][c] : A(0);
+      for (int c = 0; c < kChannels<A>; ++c) sum[c] += row_sum[c];
+    });
+    if (!p.grad_position) return;
+    A* partial = static_cast<A*>(p.position_partials) + (batch * s.frames + frame) * s.dim + block.channel;
+    for (int c = 0; c < block.channels; ++c) partial[c] = sum[c];
+  });
+}
+
+// The gradient of the taps, in the order (t, h, w), and in the last row of the bias, for one block of channels.
+template <class A, int K>
+struct alignas(64) WeightSums {
+  static constexpr int kRows = kKernelTime * K * K + 1;
+  A rows[kRows][kChannels<A>];
+
+  void clear() {
+    for (auto& row : rows)
+      for (A& sum : row) sum = 0;
+  }
+  void add(const WeightSums& other) {
+    for (int row = 0; row < kRows; ++row)
+      for (int c = 0; c < kChannels<A>; ++c) rows[row][c] += other.rows[row][c];
+  }
+};
+
+// Adds one row's products: K² accumulators stay in registers along the row.
+template <int K, class A>
+INTI_INLINE void add_row_products(const RowRing<A, K>& ring, const Row<A>& grad, int64_t r, const Tile& tile, A (*taps)[kChannels<A>]) {
+  for (int c = 0; c < tile.channels; c += kLanes<A>) {
+    Vec<A> sums[K][K] = {};
+    const Row<A>* rows[K];
+    for (int h = 0; h < K; ++h) rows[h] = &ring.row(r + h - K / 2);
+    for (int i = 0; i < tile.columns; ++i) {
+      const Vec<A> g = load(&grad.at[i][c]);
+#pragma GCC unroll 3
+      for (int h = 0; h < K; ++h)
+#pragma GCC unroll 3
+        for (int w = 0; w < K; ++w) sums[h][w] += g * load(&rows[h]->at[i + w][c]);
+    }
+#pragma GCC unroll 3
+    for (int h = 0; h < K; ++h)
+#pragma GCC unroll 3
+      for (int w = 0; w < K; ++w) store(&taps[h * K + w][c], load(&taps[h * K + w][c]) + sums[h][w]);
+  }
+}
+
+template <class A>
+INTI_INLINE void add_row(const Row<A>& grad, const Tile& tile, A* bias) {
+  for (int c = 0; c < tile.channels; c += kLanes<A>) {
+    Vec<A> sum{};
+    for (int i = 0; i < tile.columns; ++i) sum += load(&grad.at[i][c]);
+    store(bias + c, load(bias + c) + sum);
+  }
+}
+
+template <class T, int K, class A>
+void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, int64_t out_frame, const FrameTaps& taps, Tile tile,
+                        WeightSums<A, K>& sums) {
+  constexpr int halo = K / 2, width = kColumns - 2 * halo;
+  RowRing<A, K> rings[kKernelTime];
+  Row<A> grad;
+  for (tile.column = 0; tile.column < x.width; tile.column += width) {
+    tile.columns = int(x.width - tile.column < width ? x.width - tile.column : width);
+    for (int64_t r = -halo; r < x.height + halo; ++r) {
+      for (int f = 0; f < taps.count; ++f)
+        stage_row<T>(x, batch, taps.at[f].frame, r, tile, halo, rings[f].slots[(r + K) % K]);
+      if (r < halo) continue;
+      stage_row<T>(grad_y, batch, out_frame, r - halo, tile, 0, grad);
+      for (int f = 0; f < taps.count; ++f) add_row_products<K>(rings[f], grad, r - halo, tile, sums.rows + taps.at[f].tap * K * K);
+      add_row(grad, tile, sums.rows[sums.kRows - 1]);
+    }
+  }
+}
+
+template <class T, int K>
+void backward_weight(const DepthwiseConv3dBackward& p) {
+  using A = wide_t<T>;
+  const DepthwiseConv3dShape& s = p.shape;
+  const Source x(s, p.x, p.x_strides, p.position), grad_y(s, p.grad_y, p.grad_y_strides, nullptr);
+  const int64_t out_frames = s.frames / s.temporal_stride, all = s.batch * out_frames;
+  const int64_t chunks = depthwise_conv3d_chunks(s.batch, out_frames), blocks = (s.dim + kChannels<A> - 1) / kChannels<A>;
+  parallel_for(chunks * blocks, s.threads, [&](int64_t i) {
+    const int64_t chunk = i / blocks;
+    const Tile block = channel_tile(s.dim, i % blocks, kChannels<A>);
+    WeightSums<A, K> sums, frame_sums;
+    sums.clear();
+    for (int64_t frame = all * chunk / chunks; frame < all * (chunk + 1) / chunks; ++frame) {
+      frame_sums.clear();
+      const int64_t out_frame = frame % out_frames;
+      add_frame_products<T>(x, grad_y, frame / out_frames, out_frame, frames_read(s, out_frame), block, frame_sums);
+      sums.add(frame_sums);
+    }
+    A* partial = static_cast<A*>(p.weight_partials) + chunk * sums.kRows * s.dim + block.channel;
+    for (int row = 0; row < sums.kRows; ++row)
+      for (int c = 0; c < block.channels; ++c) partial[row * s.dim + c] = sums.rows[row][c];
+  });
+}
+
+// out[i] = Σ partials[·, i], in order.
+template <class A>
+void reduce(const void* partials, int64_t count, int64_t size, int threads, void* out) {
+  const A* from = static_cast<const A*>(partials);
+  A* to = static_cast<A*>(out);
+  constexpr int64_t block = 1024;
+  parallel_for((size + block - 1) / block, threads, [&](int64_t b) {
+    const int64_t end = (b + 1) * block < size ? (b + 1) * block : size;
+    for (int64_t i = b * block; i < end; ++i) to[i] = 0;
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t i = b * block; i < end; ++i) to[i] += from[k * size + i];
+  });
+}
+
+template <class T, int K>
+void backward(const DepthwiseConv3dBackward& p) {
+  using A = wide_t<T>;
+  const DepthwiseConv3dShape& s = p.shape;
+  if (p.grad_x || p.grad_position) backward_x<T, K>(p);
+  if (p.grad_position) reduce<A>(p.position_partials, s.batch, s.frames * s.dim, s.threads, p.grad_position);
+  if (p.grad_weight) {
+    backward_weight<T, K>(p);
+    const int64_t chunks = depthwise_conv3d_chunks(s.batch, s.frames / s.temporal_stride);
+    reduce<A>(p.weight_partials, chunks, WeightSums<A, K>::kRows * s.dim, s.threads, p.grad_weight);
+  }
+}
+
+}  // namespace
+
+void depthwise_conv3d_forward(const DepthwiseConv3dForward& p) {
+  by_dtype(p.shape.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    p.shape.kernel_space == 3 ? forward<T, 3>(p) : forward<T, 1>(p);
+  });
+}
+
+void depthwise_conv3d_backward(const DepthwiseConv3dBackward& p) {
+  by_dtype(p.shape.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    p.shape.kernel_space == 3 ? backward<T, 3>(p) : backward<T, 1>(p);
+  });
+}
+
+}  // namespace inti::INTI_ISA

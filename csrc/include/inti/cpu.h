@@ -1,0 +1,30 @@
+// The CPU kernels, one table an instruction set; the table in use is chosen at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "inti/depthwise_conv3d.h"
+#include "inti/pair_interpolate.h"
+
+namespace inti {
+
+struct CpuKernels {
+  void (*pair_interpolate_forward)(const PairInterpolateForward&);
+  void (*pair_interpolate_backward)(const PairInterpolateBackward&);
+  void (*depthwise_conv3d_forward)(const DepthwiseConv3dForward&);
+  void (*depthwise_conv3d_backward)(const DepthwiseConv3dBackward&);
+};
+
+// Built and supported by this processor, slowest first.
+std::vector<std::string> cpu_isas();
+
+// The one in use: what set_cpu_isa chose, else the environment's INTI_CPU, else the last of cpu_isas().
+std::string cpu_isa();
+
+// Throws std::invalid_argument for a name that isn't in cpu_isas().
+void set_cpu_isa(const std::string& name);
+
+const CpuKernels& cpu_kernels();
+
+}  // namespace inti

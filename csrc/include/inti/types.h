@@ -1,0 +1,15 @@
+// What every entry point speaks: plain numbers and pointers, nothing of PyTorch or Python.
+#pragma once
+
+#include <cstdint>
+
+namespace inti {
+
+enum class DType { float32, float64, bfloat16, float16 };
+
+// Tokens [batch, frames, tokens, dim]: dim is contiguous, the other three axes have any stride (0 included).
+struct Strides {
+  int64_t batch, frame, token;  // in elements
+};
+
+}  // namespace inti

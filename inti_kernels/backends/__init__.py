@@ -1,0 +1,174 @@
+"""The backends: which exist, why each can or can't run here, and which one an op takes.
+
+`auto` takes the best backend that can run and may fall back to the reference, saying so once. An explicit choice (the
+argument ``backend=``, :func:`use_backend`, the environment variable INTI_BACKEND) never falls back: where it can't run
+it raises with the reasons. A backend is a module with ``<op>_forward`` and ``<op>_backward`` for every op it has a
+kernel for, which take tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from importlib import import_module
+from types import ModuleType, TracebackType
+
+import torch
+
+BACKENDS = ("reference", "cpu")
+
+# Backends with a kernel of their own, op by op, best first. An op with none is plain PyTorch whatever backend is chosen.
+HAS_KERNEL: dict[str, tuple[str, ...]] = {
+    "pair_interpolate": ("cpu",),
+    "depthwise_conv3d": ("cpu",),
+    "token_features": (),
+    "interpolation_head": (),
+}
+
+# (op or op_backward, backend) -> how often that implementation ran. This says what really executed, `auto` or not.
+executed: Counter[tuple[str, str]] = Counter()
+
+_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+_active = os.environ.get("INTI_BACKEND") or "auto"
+_noted: set[str] = set()
+
+
+class use_backend:  # noqa: N801 - reads as a function, works as a context manager
+    """Chooses the backend of every op that isn't given one, for the process, or for a ``with`` block.
+
+    Args:
+        name: "auto", "reference" or "cpu".
+
+    Raises:
+        ValueError: there is no such backend.
+
+    Example:
+        >>> use_backend("cpu")            # from here on
+        >>> with use_backend("reference"):
+        ...     z, weights = ops.pair_interpolate(x, logits)
+    """
+
+    def __init__(self, name: str) -> None:
+        global _active
+        self._previous = _active
+        _active = _known(name, "use_backend")
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        global _active
+        _active = self._previous
+
+
+def active_backend() -> str:
+    """The choice in force where an op isn't given one: "auto" or a backend's name.
+
+    Raises:
+        ValueError: the environment's INTI_BACKEND names none.
+    """
+    return _known(_active, "INTI_BACKEND")
+
+
+def requested(backend: str | None) -> str:
+    """What an op's argument ``backend`` asks for: itself, or the choice in force if it is None."""
+    return active_backend() if backend is None else _known(backend, "backend")
+
+
+def why_not(
+    backend: str, op: str | None = None, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """Why a backend can't run (an op) here.
+
+    Args:
+        backend: one of BACKENDS.
+        op: one of HAS_KERNEL's keys, or None to ask of the backend in general.
+        device: where the tensors are.
+        dtype: of the tokens.
+
+    Returns:
+        One sentence a reason; an empty list if it can run.
+
+    Raises:
+        ValueError: there is no such backend or op.
+    """
+    _known(backend, "backend")
+    if op is not None and op not in HAS_KERNEL:
+        raise ValueError(f"op must be one of {tuple(HAS_KERNEL)}, got {op!r}")
+    if backend in ("reference", "auto"):
+        return []
+    from . import native
+
+    device = torch.device(device)
+    reasons = []
+    if device.type != "cpu":
+        reasons.append(f"the cpu backend takes tensors on the CPU, and these are on {device}.")
+    if dtype not in _DTYPES[backend]:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES[backend])
+        reasons.append(f"the cpu backend takes {names}, and this is {str(dtype).removeprefix('torch.')}.")
+    return reasons + native.why_not_native()
+
+
+def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "forward") -> ModuleType:
+    """The module that runs an op on tokens like x; counted in ``executed``.
+
+    Args:
+        op: one of HAS_KERNEL's keys.
+        backend: as :func:`requested` gives it.
+        x: the tokens; their device and dtype decide.
+        direction: "forward" or "backward".
+
+    Raises:
+        RuntimeError: the backend was chosen explicitly and can't run; the message lists the reasons, and those of the
+            other backends.
+    """
+    chosen = _first_that_can(op, HAS_KERNEL[op], x) if backend == "auto" else _explicit(op, backend, x)
+    executed[op if direction == "forward" else f"{op}_backward", chosen] += 1
+    return import_module(f"{__name__}.{chosen}")
+
+
+def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> str:
+    reasons = {}
+    for name in candidates:
+        reasons[name] = why_not(name, op, device=x.device, dtype=x.dtype)
+        if not reasons[name]:
+            return name
+    why = "; ".join(f"{name}: {' '.join(sentences)}" for name, sentences in reasons.items())
+    note(f"inti_kernels.{op} runs as plain PyTorch (backend 'reference') here. {why}")
+    return "reference"
+
+
+def _explicit(op: str, backend: str, x: torch.Tensor) -> str:
+    reasons = {name: why_not(name, op, device=x.device, dtype=x.dtype) for name in BACKENDS}
+    if reasons[backend]:
+        candidates = "; ".join(f"{name}: {' '.join(why) or 'can run here.'}" for name, why in reasons.items())
+        raise RuntimeError(f"{op} can't run on the backend {backend!r} that was asked for. {candidates}")
+    return backend
+
+
+def note(message: str) -> None:
+    """Warns once a process. For implementations: traced code may not warn."""
+    if message not in _noted:
+        _noted.add(message)
+        warnings.warn(message, stacklevel=2)
+
+
+def _known(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {('auto', *BACKENDS)}, got {name!r}")
+    return name
+
+
+def count_reference(op: str) -> None:
+    """Counts the reference where it runs outside :func:`implementation`. Traced code may not count."""
+    if not torch.compiler.is_compiling():
+        executed[op, "reference"] += 1
+
+
+def without_kernel(op: str, backend: str | None, x: torch.Tensor) -> None:
+    """For an op that is plain PyTorch on every backend: an explicit backend must still be one that can run here."""
+    backend = requested(backend)
+    if backend not in ("auto", "reference") and not torch.compiler.is_compiling():
+        _explicit(op, backend, x)
+    count_reference(op)

@@ -1,0 +1,196 @@
+"""Tensors in, addresses out to the compiled module: the CPU backend.
+
+PyTorch allocates everything, workspaces too. What is small beside the tokens (logits, weights, taps, positions) is
+converted here to the kernels' working dtype, so that the kernels have one instantiation for each dtype of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import native, note
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, frames, tokens, dim = x.shape
+    x = _channels_contiguous(x, "pair_interpolate")
+    logits64, position = logits.to(torch.float64).contiguous(), _wide(position, x)
+    z = x.new_empty(batch, frames // 2, tokens, dim)
+    weights = torch.empty_like(logits64)
+    native.load().pair_interpolate_forward(
+        shape=(batch, frames, tokens, dim),
+        **_common(x),
+        x=x.data_ptr(),
+        x_strides=x.stride()[:3],
+        logits=logits64.data_ptr(),
+        position=_address(position),
+        z=z.data_ptr(),
+        weights=weights.data_ptr(),
+    )
+    return z, weights.to(logits.dtype)
+
+
+def pair_interpolate_backward(
+    grad_z: Tensor,
+    grad_weights: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    position: Tensor | None,
+    needs: Sequence[bool],
+    grad_x_accumulate: Tensor | None,
+) -> Gradients:
+    batch, frames, tokens, dim = x.shape
+    module = native.load()
+    x, grad_z = _channels_contiguous(x, "pair_interpolate"), _channels_contiguous(grad_z)
+    logits64, wide_position = logits.to(torch.float64).contiguous(), _wide(position, x)
+    grad_weights = grad_weights.to(torch.float64).contiguous()
+    grad_x = _grad_x(x, needs[0], grad_x_accumulate)
+    grad_logits = torch.empty_like(logits64) if needs[1] else None
+    grad_position = partials = None
+    if needs[2]:
+        grad_position = torch.empty_like(wide_position)
+        partials = grad_position.new_empty(batch, module.pair_interpolate_chunks(tokens), frames, dim)
+    module.pair_interpolate_backward(
+        shape=(batch, frames, tokens, dim),
+        **_common(x),
+        x=x.data_ptr(),
+        x_strides=x.stride()[:3],
+        logits=logits64.data_ptr(),
+        position=_address(wide_position),
+        grad_z=grad_z.data_ptr(),
+        grad_z_strides=grad_z.stride()[:3],
+        grad_weights=grad_weights.data_ptr(),
+        grad_x=_address(grad_x),
+        accumulate=grad_x_accumulate is not None,
+        grad_logits=_address(grad_logits),
+        grad_position=_address(grad_position),
+        partials=_address(partials),
+    )
+    return (
+        None if grad_x_accumulate is not None else grad_x,
+        None if grad_logits is None else grad_logits.to(logits.dtype),
+        None if grad_position is None else grad_position.to(position.dtype),
+    )
+
+
+def depthwise_conv3d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    grid: Sequence[int],
+    temporal_stride: int,
+    prefix: int,
+) -> Tensor:
+    batch, frames, tokens, dim = x.shape
+    x = _channels_contiguous(x, "depthwise_conv3d")
+    taps, bias, position = _taps(weight, x), _wide(bias, x), _wide(position, x)
+    y = x.new_empty(batch, frames // temporal_stride, tokens, dim)
+    native.load().depthwise_conv3d_forward(
+        shape=(batch, frames, prefix, *grid, dim, temporal_stride),
+        kernel_space=weight.shape[-1],
+        **_common(x),
+        x=x.data_ptr(),
+        x_strides=x.stride()[:3],
+        weight=taps.data_ptr(),
+        bias=_address(bias),
+        position=_address(position),
+        y=y.data_ptr(),
+    )
+    return y
+
+
+def depthwise_conv3d_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    grid: Sequence[int],
+    temporal_stride: int,
+    prefix: int,
+    needs: Sequence[bool],
+    grad_x_accumulate: Tensor | None,
+) -> Gradients:
+    batch, frames, _, dim = x.shape
+    module = native.load()
+    x, grad_y = _channels_contiguous(x, "depthwise_conv3d"), _channels_contiguous(grad_y)
+    taps, wide_position = _taps(weight, x), _wide(position, x)
+    grad_x = _grad_x(x, needs[0], grad_x_accumulate)
+    grad_taps = weight_partials = grad_position = position_partials = None
+    if needs[1] or needs[2]:
+        # The last row is the bias's: its sums come out of the same pass.
+        grad_taps = taps.new_empty(taps.shape[0] + 1, dim)
+        chunks = module.depthwise_conv3d_chunks(batch, frames // temporal_stride)
+        weight_partials = taps.new_empty(chunks, *grad_taps.shape)
+    if needs[3]:
+        grad_position = torch.empty_like(wide_position)
+        position_partials = grad_position.new_empty(batch, frames, dim)
+    module.depthwise_conv3d_backward(
+        shape=(batch, frames, prefix, *grid, dim, temporal_stride),
+        kernel_space=weight.shape[-1],
+        **_common(x),
+        x=x.data_ptr(),
+        x_strides=x.stride()[:3],
+        weight=taps.data_ptr(),
+        position=_address(wide_position),
+        grad_y=grad_y.data_ptr(),
+        grad_y_strides=grad_y.stride()[:3],
+        grad_x=_address(grad_x),
+        accumulate=grad_x_accumulate is not None,
+        grad_position=_address(grad_position),
+        position_partials=_address(position_partials),
+        grad_weight=_address(grad_taps),
+        weight_partials=_address(weight_partials),
+    )
+    return (
+        None if grad_x_accumulate is not None else grad_x,
+        grad_taps[:-1].t().reshape(weight.shape).to(weight.dtype).contiguous() if needs[1] else None,
+        grad_taps[-1].to(bias.dtype, copy=True) if needs[2] else None,
+        None if grad_position is None else grad_position.to(position.dtype),
+    )
+
+
+def _common(x: Tensor) -> dict[str, object]:
+    return {"dtype": str(x.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _wide(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """In what the kernels compute x's dtype in: float64 for float64, else float32."""
+    return None if tensor is None else tensor.to(_wide_dtype(x)).contiguous()
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _taps(weight: Tensor, x: Tensor) -> Tensor:
+    """[C, 1, KT, KH, KW] → wide [KT·KH·KW, C]: the channels, along which the kernels vectorise, contiguous."""
+    return weight.to(_wide_dtype(x)).reshape(weight.shape[0], -1).t().contiguous()
+
+
+def _grad_x(x: Tensor, need: bool, accumulate: Tensor | None) -> Tensor | None:
+    if not need:
+        return None
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
+
+
+def _channels_contiguous(tensor: Tensor, op: str | None = None) -> Tensor:
+    """Any strides but the last, which must be 1; a copy of tokens (not of a gradient) is worth a note."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    if op is not None:
+        note(
+            f"{op}: the channels of x are not contiguous (strides {tuple(tensor.stride())}), so x is copied at every "
+            "call; x.contiguous() once before, or a layout with channels last, avoids it."
+        )
+    return tensor.contiguous()

@@ -1,0 +1,93 @@
+"""The reference as a backend: what `auto` falls back to inside an op. (An explicit "reference" never gets here: the
+user's functions then call `inti_kernels.reference` itself, which differentiates to any order and exports to ONNX.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import functional
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
+    z, weights = functional.pair_interpolate(x, logits, position)
+    return z.contiguous(), weights.contiguous()
+
+
+def pair_interpolate_backward(
+    grad_z: Tensor,
+    grad_weights: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    position: Tensor | None,
+    needs: Sequence[bool],
+    grad_x_accumulate: Tensor | None,
+) -> Gradients:
+    inputs = (x, logits, position)
+    grads = _gradients(functional.pair_interpolate, inputs, (grad_z, grad_weights), needs)
+    return _accumulated(grads, grad_x_accumulate)
+
+
+def depthwise_conv3d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    grid: Sequence[int],
+    temporal_stride: int,
+    prefix: int,
+) -> Tensor:
+    return functional.depthwise_conv3d(
+        x, weight, bias, tuple(grid), temporal_stride=temporal_stride, prefix=prefix, position=position
+    ).contiguous()
+
+
+def depthwise_conv3d_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    grid: Sequence[int],
+    temporal_stride: int,
+    prefix: int,
+    needs: Sequence[bool],
+    grad_x_accumulate: Tensor | None,
+) -> Gradients:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None) -> Tensor:
+        return functional.depthwise_conv3d(
+            x, weight, bias, tuple(grid), temporal_stride=temporal_stride, prefix=prefix, position=position
+        )
+
+    return _accumulated(_gradients(forward, (x, weight, bias, position), grad_y, needs), grad_x_accumulate)
+
+
+def _gradients(
+    forward: Callable[..., Any], inputs: Sequence[Tensor | None], upstream: Any, needs: Sequence[bool]
+) -> Gradients:
+    """The gradients of those inputs that need one. torch.func.vjp, since autograd itself is off inside a custom op."""
+    wanted = [i for i, need in enumerate(needs) if need]
+
+    def of_wanted(*values: Tensor) -> Any:
+        arguments = list(inputs)
+        for i, value in zip(wanted, values, strict=True):
+            arguments[i] = value
+        return forward(*arguments)
+
+    _, vjp = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))
+    grads: list[Tensor | None] = [None] * len(needs)
+    for i, grad in zip(wanted, vjp(upstream), strict=True):
+        grads[i] = grad.contiguous()
+    return tuple(grads)
+
+
+def _accumulated(grads: Gradients, grad_x_accumulate: Tensor | None) -> Gradients:
+    if grad_x_accumulate is None or grads[0] is None:
+        return grads
+    grad_x_accumulate += grads[0]
+    return (None, *grads[1:])

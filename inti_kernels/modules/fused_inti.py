@@ -1,0 +1,170 @@
+"""FusedInTI: InTI on this package's ops, and the functions that swap one for the other inside a model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, ops
+from ..reference import InTI
+
+# Parts of the module that are plain PyTorch in every backend, and why.
+PLAIN_PARTS = {
+    "token level": "token_features has no kernel of its own yet; with the attention head its frames aren't a pair's halves",
+    "frame level": "works on B·T class tokens only",
+    "global level": "works on B·T class tokens only",
+    "head": "interpolation_head has no kernel of its own yet but for the interpolation",
+    "sigmoid interpolation": "its weights don't sum to 1: pair_interpolate is another function",
+}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FusedInTI(InTI):
+    """A drop-in for :class:`InTI` on this package's ops: same constructor, ``state_dict`` and ``forward``.
+
+    The cube level (Eq. 10) is one depthwise convolution read straight from the tokens, the interpolation (Eq. 7) one
+    pass over them. Under autocast the cube level runs in the autocast dtype, as InTI's convolution does, and the weights
+    have the dtype that InTI's would have.
+
+    Args:
+        backend: "auto", "reference" or "cpu" for the ops of this module; None takes the choice in force at each call,
+            see :func:`inti_kernels.use_backend`.
+        *args, **kwargs: as :class:`InTI`.
+
+    Raises:
+        ValueError: as :class:`InTI`; an unknown backend.
+        RuntimeError: in ``forward``, where the backend that was asked for can't run.
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        backends.requested(backend)
+        self.backend = backend
+
+    @classmethod
+    def from_reference(cls, inti: InTI, *, backend: str | None = None) -> FusedInTI:
+        """A FusedInTI that shares the parameters of an InTI (the same objects: training one trains both).
+
+        Hooks stay with the InTI; :func:`fuse` is what carries a module over whole.
+
+        Args:
+            inti: an InTI, not of a subclass, whose forward this couldn't know.
+            backend: as in the constructor.
+
+        Raises:
+            TypeError: for another class.
+        """
+        if type(inti) not in (InTI, cls):
+            raise TypeError(f"from_reference takes an InTI, got {type(inti).__name__}")
+        fused = cls(inti.dim, inti.frames, inti.grid, prefix=inti.prefix, context=inti.context, fusion=inti.fusion,
+                    head=inti.head_type, hidden=inti.hidden, backend=backend)  # fmt: skip
+        fused._parameters.update(inti._parameters)
+        fused._modules.update(inti._modules)
+        fused.training = inti.training
+        return fused
+
+    def plain_parts(self) -> list[str]:
+        """The parts of this module that are plain PyTorch whatever the backend (keys of PLAIN_PARTS)."""
+        parts = ["token level", *(f"{level} level" for level in self.context if level != "cube"), "head"]
+        return parts + ["sigmoid interpolation"] * (self.head_type == "sigmoid")
+
+    def _cube(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        dtype = _autocast_dtype(x)
+        return ops.depthwise_conv3d(
+            x if dtype is None else x.to(dtype),
+            self.cube.weight,
+            self.cube.bias,
+            grid,
+            prefix=self.prefix,
+            backend=self.backend,
+        )
+
+    def _interpolate(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        # Autocast on CUDA, unlike that on the CPU, runs InTI's softmax in float32.
+        if x.device.type == "cuda" and _autocast_dtype(logits) is not None:
+            logits = logits.float()
+        return ops.pair_interpolate(x, logits, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self.backend!r}, plain PyTorch: {', '.join(self.plain_parts())}"
+
+
+class Replaced(list[str]):
+    """Names of the modules that :func:`fuse` or :func:`unfuse` replaced; ``skipped``: name → why it was left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: dict[str, str] = {}
+
+
+def fuse(model: nn.Module, *, backend: str | None = None) -> Replaced | FusedInTI:
+    """Swaps every InTI inside a model for a FusedInTI, in place.
+
+    Parameters, buffers, hooks (their handles stay valid), train/eval mode and requires_grad are the same objects and
+    values as before, so optimizers and checkpoints go on working. An InTI that stands in several places stays one
+    module. Subclasses of InTI are left alone, since their forward may differ, and reported by a warning and in
+    ``skipped``.
+
+    Args:
+        model: any nn.Module.
+        backend: of the new modules, as in :class:`FusedInTI`.
+
+    Returns:
+        The names of what was replaced; if the model itself is an InTI, the new module.
+    """
+    backends.requested(backend)
+    return _swap(model, InTI, FusedInTI, backend)
+
+
+def unfuse(model: nn.Module) -> Replaced | InTI:
+    """Undoes :func:`fuse`: swaps every FusedInTI inside a model for an InTI, in place.
+
+    Returns:
+        The names of what was replaced; if the model itself is a FusedInTI, the new module.
+    """
+    return _swap(model, FusedInTI, InTI, None)
+
+
+def _swap(model: nn.Module, old: type[InTI], new: type[InTI], backend: str | None) -> Any:
+    if type(model) is new:
+        return model
+    if type(model) is old:
+        return _become(model, new, backend)
+    replaced, made = Replaced(), {}
+    for parent_name, parent in list(model.named_modules()):
+        for name, child in parent._modules.items():
+            path = f"{parent_name}.{name}" if parent_name else name
+            if type(child) is old:
+                made[child] = made.get(child) or _become(child, new, backend)
+                parent._modules[name] = made[child]
+                replaced.append(path)
+            elif isinstance(child, InTI) and type(child) not in (InTI, FusedInTI):
+                replaced.skipped[path] = f"{type(child).__name__} is a subclass, whose forward may differ"
+    if isinstance(model, InTI):
+        replaced.skipped[""] = f"{type(model).__name__} is a subclass, whose forward may differ"
+    for path, why in replaced.skipped.items():
+        warnings.warn(f"left alone: {path or 'the model itself'}: {why}", stacklevel=3)
+    return replaced
+
+
+def _become(module: nn.Module, cls: type[M], backend: str | None) -> M:
+    """A module of another class around the same insides: parameters, submodules, hooks."""
+    new = cls.__new__(cls)
+    new.__dict__.update(module.__dict__)
+    new.__dict__["_compiled_call_impl"] = None  # what Module.compile() made runs the old forward
+    new.__dict__.pop("backend", None)
+    if cls is FusedInTI:
+        new.backend = backend
+    return new
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast turns the inputs of a linear layer or convolution into, or None: float64 it leaves alone."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

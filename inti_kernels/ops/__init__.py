@@ -1,0 +1,10 @@
+"""The ops: what users call. Each checks its input, and is differentiable and traceable as a whole."""
+
+from .depthwise_conv3d import depthwise_conv3d
+from .interpolation_head import interpolation_head
+from .pair_interpolate import pair_interpolate
+from .token_features import token_features
+
+OPS = ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head")
+
+__all__ = ["OPS", *OPS]

@@ -1,0 +1,186 @@
+"""The specification of every op, in plain PyTorch: one function an op, any floating dtype, differentiable to any order.
+
+Notation, here and everywhere in the package: ``x`` holds tokens [B, T, N, C] with B clips, T frames, N = prefix + H·W
+tokens a frame (the prefix tokens first: the class token, then registers) and C channels. A *pair* is the frames
+(2j, 2j+1); what belongs to a pair has T/2 in the place of T. Equation numbers are those of arXiv 2408.06840.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_position(x: Tensor, position: Tensor | None) -> Tensor:
+    """Adds the temporal position to every token of a frame: x + σ·P (Eq. 8).
+
+    Args:
+        x: tokens [B, T, N, C], any floating dtype.
+        position: σ·P [T, C], any floating dtype, or None for x unchanged.
+
+    Returns:
+        [B, T, N, C] in x's dtype; the sum is formed in float32 (float64 if either is) and rounded once.
+    """
+    if position is None:
+        return x
+    wide = torch.promote_types(torch.promote_types(x.dtype, position.dtype), torch.float32)
+    return (x.to(wide) + position.to(wide)[:, None]).to(x.dtype)
+
+
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """z[j,k] = α·x[2j,k] + β·x[2j+1,k] (Eq. 7).
+
+    Args:
+        x: tokens [B, T, N, C], T even.
+        weights: (α, β) of every token pair [B, T/2, N, 2].
+
+    Returns:
+        [B, T/2, N, C] in x's dtype.
+    """
+    return (x[:, 0::2] * weights[..., 0:1] + x[:, 1::2] * weights[..., 1:2]).to(x.dtype)
+
+
+def pair_interpolate(x: Tensor, logits: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Replaces each pair of frames by their weighted sum, token by token: (α, β) = softmax(logits), then Eq. 7.
+
+    Args:
+        x: tokens [B, T, N, C], T even.
+        logits: two numbers a token pair [B, T/2, N, 2]; their dtype may differ from x's.
+        position: σ·P [T, C], added to x first (Eq. 8), or None.
+
+    Returns:
+        z [B, T/2, N, C] in x's dtype, and the weights (α, β) [B, T/2, N, 2] in the logits' dtype; α + β = 1.
+    """
+    weights = logits.softmax(dim=-1)
+    return weighted_sum(add_position(x, position), weights), weights
+
+
+def depthwise_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    *,
+    temporal_stride: int = 2,
+    prefix: int = 1,
+    position: Tensor | None = None,
+) -> Tensor:
+    """Depthwise 3-D convolution over the patch tokens seen as [T, H, W], zero padding (the cube level, Eq. 10).
+
+    Padding is (KT // 2, KH // 2, KW // 2), so output j is centred on frame temporal_stride·j. Prefix tokens have no
+    place on the grid: their output is 0.
+
+    Args:
+        x: tokens [B, T, prefix + H·W, C]; T divisible by temporal_stride.
+        weight: [C, 1, KT, KH, KW], as torch.nn.Conv3d has it with groups=C; odd kernel sizes; rounded to x's dtype.
+        bias: [C] or None.
+        grid: (H, W).
+        temporal_stride: stride along T; 2 gives one output frame a pair.
+        prefix: number of tokens before the patches.
+        position: σ·P [T, C], added to x first (Eq. 8), or None. The zero padding stays zero.
+
+    Returns:
+        [B, T / temporal_stride, prefix + H·W, C] in x's dtype.
+    """
+    patches = add_position(x, position)[:, :, prefix:].unflatten(2, grid).permute(0, 4, 1, 2, 3)  # [B, C, T, H, W]
+    padding = tuple(size // 2 for size in weight.shape[2:])
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    cube = F.conv3d(patches, weight, bias, (temporal_stride, 1, 1), padding, groups=x.shape[-1])
+    tokens = cube.permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T/stride, H·W, C]
+    return F.pad(tokens, (0, 0, prefix, 0))
+
+
+def norm_linear_gelu(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """T_{a→b} = LayerNorm(a) → Linear(a, b) → GELU, the exact one with erf (beside Eq. 9).
+
+    Args:
+        x: [..., a].
+        norm_weight, norm_bias: [a].
+        weight, bias: [b, a] and [b].
+        eps: of the LayerNorm.
+
+    Returns:
+        [..., b].
+    """
+    return F.gelu(F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias))
+
+
+def token_features(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """F_token[j,k] = concat(T_{C→C/2}(x[2j,k]), T_{C→C/2}(x[2j+1,k])), one T for both frames (Eq. 9).
+
+    Args:
+        x: tokens [B, T, N, C], T even.
+        norm_weight, norm_bias: the LayerNorm's [C].
+        weight, bias: the Linear's [C/2, C] and [C/2] (any output width D is taken).
+        position: σ·P [T, C], added to x first (Eq. 8), or None.
+        eps: of the LayerNorm.
+
+    Returns:
+        [B, T/2, N, C] (2·D in general).
+    """
+    frames = norm_linear_gelu(add_position(x, position), norm_weight, norm_bias, weight, bias, eps)
+    return torch.cat((frames[:, 0::2], frames[:, 1::2]), dim=-1)
+
+
+def head_hidden(
+    features: Tensor, cube: Tensor | None, frame_context: Tensor | None, weight1: Tensor, bias1: Tensor
+) -> Tensor:
+    """GELU(Linear(D [+ C], h)([features ; cube + frame_context])), the context being Eq. 13.
+
+    Args:
+        features: [B, T/2, N, D].
+        cube: F_cube [B, T/2, N, C] or None.
+        frame_context: F_frame + F_global [B, T/2, C] or None.
+        weight1, bias1: [h, D + C] ([h, D] with neither cube nor frame_context) and [h].
+
+    Returns:
+        [B, T/2, N, h].
+    """
+    if frame_context is not None:
+        frame_context = frame_context[:, :, None]  # [B, T/2, 1, C]
+        context = frame_context.expand(*features.shape[:-1], -1) if cube is None else cube + frame_context
+    else:
+        context = cube
+    inputs = features if context is None else torch.cat((features, context), dim=-1)
+    return F.gelu(F.linear(inputs, weight1, bias1))
+
+
+def interpolation_head(
+    features: Tensor,
+    cube: Tensor | None,
+    frame_context: Tensor | None,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The network that predicts the weights, and the interpolation, in one: Eq. 13, two linear layers, softmax, Eq. 7.
+
+    Args:
+        features: F_token [B, T/2, N, D].
+        cube: F_cube [B, T/2, N, C] or None.
+        frame_context: F_frame + F_global [B, T/2, C] or None.
+        x: tokens [B, T, N, C], what is interpolated.
+        weight1, bias1: [h, D + C] ([h, D] with neither cube nor frame_context) and [h].
+        weight2, bias2: [2, h] and [2].
+        position: σ·P [T, C], added to x first (Eq. 8), or None.
+
+    Returns:
+        z [B, T/2, N, C] in x's dtype, and the weights [B, T/2, N, 2].
+    """
+    logits = F.linear(head_hidden(features, cube, frame_context, weight1, bias1), weight2, bias2)
+    return pair_interpolate(x, logits, position)
