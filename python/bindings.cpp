@@ -40,12 +40,14 @@ void call(void (*kernel)(const Params&), const Params& params) {
 }
 
 // shape: (batch, frames, tokens, dim)
-inti::PairInterpolateShape pair_interpolate_shape(const std::array<int64_t, 4>& s, const std::string& type, int threads) {
+inti::PairInterpolateShape pair_interpolate_shape(const std::array<int64_t, 4>& s, const std::string& type,
+                                                  int threads) {
   return {s[0], s[1], s[2], s[3], dtype(type), threads};
 }
 
 void pair_interpolate_forward(const std::array<int64_t, 4>& shape, const std::string& type, int threads, Address x,
-                              const StrideArray& x_strides, Address logits, Address position, Address z, Address weights) {
+                              const StrideArray& x_strides, Address logits, Address position, Address z,
+                              Address weights) {
   inti::PairInterpolateForward p{};
   p.shape = pair_interpolate_shape(shape, type, threads);
   p.x = pointer(x);
@@ -79,14 +81,14 @@ void pair_interpolate_backward(const std::array<int64_t, 4>& shape, const std::s
 }
 
 // shape: (batch, frames, prefix, height, width, dim, temporal_stride)
-inti::DepthwiseConv3dShape depthwise_conv3d_shape(const std::array<int64_t, 7>& s, int kernel_space, const std::string& type,
-                                                  int threads) {
+inti::DepthwiseConv3dShape depthwise_conv3d_shape(const std::array<int64_t, 7>& s, int kernel_space,
+                                                  const std::string& type, int threads) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], kernel_space, dtype(type), threads};
 }
 
-void depthwise_conv3d_forward(const std::array<int64_t, 7>& shape, int kernel_space, const std::string& type, int threads,
-                              Address x, const StrideArray& x_strides, Address weight, Address bias, Address position,
-                              Address y) {
+void depthwise_conv3d_forward(const std::array<int64_t, 7>& shape, int kernel_space, const std::string& type,
+                              int threads, Address x, const StrideArray& x_strides, Address weight, Address bias,
+                              Address position, Address y) {
   inti::DepthwiseConv3dForward p{};
   p.shape = depthwise_conv3d_shape(shape, kernel_space, type, threads);
   p.x = pointer(x);
@@ -98,10 +100,11 @@ void depthwise_conv3d_forward(const std::array<int64_t, 7>& shape, int kernel_sp
   call(inti::cpu_kernels().depthwise_conv3d_forward, p);
 }
 
-void depthwise_conv3d_backward(const std::array<int64_t, 7>& shape, int kernel_space, const std::string& type, int threads,
-                               Address x, const StrideArray& x_strides, Address weight, Address position, Address grad_y,
-                               const StrideArray& grad_y_strides, Address grad_x, bool accumulate, Address grad_position,
-                               Address position_partials, Address grad_weight, Address weight_partials) {
+void depthwise_conv3d_backward(const std::array<int64_t, 7>& shape, int kernel_space, const std::string& type,
+                               int threads, Address x, const StrideArray& x_strides, Address weight, Address position,
+                               Address grad_y, const StrideArray& grad_y_strides, Address grad_x, bool accumulate,
+                               Address grad_position, Address position_partials, Address grad_weight,
+                               Address weight_partials) {
   inti::DepthwiseConv3dBackward p{};
   p.shape = depthwise_conv3d_shape(shape, kernel_space, type, threads);
   p.x = pointer(x);
@@ -136,8 +139,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("pair_interpolate_chunks", &inti::pair_interpolate_chunks, "tokens"_a);
   m.def("pair_interpolate_forward", &pair_interpolate_forward, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "x"_a,
         "x_strides"_a, "logits"_a, "position"_a, "z"_a, "weights"_a);
-  m.def("pair_interpolate_backward", &pair_interpolate_backward, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "x"_a,
-        "x_strides"_a, "logits"_a, "position"_a, "grad_z"_a, "grad_z_strides"_a, "grad_weights"_a, "grad_x"_a,
+  m.def("pair_interpolate_backward", &pair_interpolate_backward, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a,
+        "x"_a, "x_strides"_a, "logits"_a, "position"_a, "grad_z"_a, "grad_z_strides"_a, "grad_weights"_a, "grad_x"_a,
         "accumulate"_a, "grad_logits"_a, "grad_position"_a, "partials"_a);
 
   m.def("depthwise_conv3d_chunks", &inti::depthwise_conv3d_chunks, "batch"_a, "out_frames"_a);

@@ -1,8 +1,8 @@
 // depthwise_conv3d on the CPU.
 //
-// A task is one frame and one block of channels. The rows of the grid that its taps read are staged in a small buffer of
-// wide numbers: there the conversion from 16 bits, σP and the zero padding are paid once an element, not once a tap, and
-// the inner loops know neither dtype nor border. The gradient of x is the same loop with the taps turned round.
+// A task is one frame and one block of channels. The rows of the grid that its taps read are staged in a small buffer
+// of wide numbers: there the conversion from 16 bits, σP and the zero padding are paid once an element, not once a tap,
+// and the inner loops know neither dtype nor border. The gradient of x is the same loop with the taps turned round.
 #include "inti/depthwise_conv3d.h"
 
 #include "parallel.h"
@@ -74,7 +74,8 @@ INTI_INLINE void stage_token(const T* token, const A* position, int channels, A*
 // Stages columns [tile.column − halo, tile.column + tile.columns + halo) of a row; what is outside the grid is 0.
 template <class T, class A>
 void stage_row(const Source& source, int64_t batch, int64_t frame, int64_t r, const Tile& tile, int halo, Row<A>& row) {
-  const A* position = source.position ? static_cast<const A*>(source.position) + frame * source.dim + tile.channel : nullptr;
+  const A* position =
+      source.position ? static_cast<const A*>(source.position) + frame * source.dim + tile.channel : nullptr;
   const T* tokens = static_cast<const T*>(source.data) + batch * source.strides.batch + frame * source.strides.frame +
                     (source.prefix + r * source.width) * source.strides.token + tile.channel;
   for (int i = 0; i < tile.columns + 2 * halo; ++i) {
@@ -112,7 +113,8 @@ FrameTaps gradients_read(const DepthwiseConv3dShape& shape, int64_t frame) {
   FrameTaps taps{};
   for (int tap = 0; tap < kKernelTime; ++tap) {
     const int64_t scaled = frame + 1 - tap;
-    if (scaled >= 0 && scaled % shape.temporal_stride == 0 && scaled / shape.temporal_stride < shape.frames / shape.temporal_stride)
+    if (scaled >= 0 && scaled % shape.temporal_stride == 0 &&
+        scaled / shape.temporal_stride < shape.frames / shape.temporal_stride)
       taps.at[taps.count++] = {scaled / shape.temporal_stride, tap};
   }
   return taps;
@@ -139,8 +141,8 @@ struct alignas(64) Weights {
 // Columns [first, first + N) of one output row and one vector of channels: N accumulators stay in registers while each
 // staged vector is loaded once for the K columns that it feeds.
 template <int N, int K, class A>
-INTI_INLINE void convolve_columns(const RowRing<A, K>* rings, const FrameTaps& taps, const Weights<A, K>& weights, int64_t r,
-                                  int first, int c, Vec<A> start, Row<A>& out) {
+INTI_INLINE void convolve_columns(const RowRing<A, K>* rings, const FrameTaps& taps, const Weights<A, K>& weights,
+                                  int64_t r, int first, int c, Vec<A> start, Row<A>& out) {
   Vec<A> sums[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) sums[i] = start;
@@ -163,8 +165,8 @@ INTI_INLINE void convolve_columns(const RowRing<A, K>* rings, const FrameTaps& t
 }
 
 template <int K, class A>
-INTI_INLINE void convolve_row(const RowRing<A, K>* rings, const FrameTaps& taps, const Weights<A, K>& weights, int64_t r,
-                              const Tile& tile, const A* bias, Row<A>& out) {
+INTI_INLINE void convolve_row(const RowRing<A, K>* rings, const FrameTaps& taps, const Weights<A, K>& weights,
+                              int64_t r, const Tile& tile, const A* bias, Row<A>& out) {
   for (int c = 0; c < tile.channels; c += kLanes<A>) {
     const Vec<A> start = load(bias + c);
     int first = 0;
@@ -241,10 +243,12 @@ void forward(const DepthwiseConv3dForward& p) {
       for (int c = 0; c < block.channels; ++c) bias[c] = static_cast<const A*>(p.bias)[block.channel + c];
     T* y = static_cast<T*>(p.y) + (batch * out_frames + frame) * tokens * s.dim;
     clear_prefix(y, s, block);
-    convolve_frame<T>(source, batch, frames_read(s, frame), weights, block, bias, [&](int64_t r, const Tile& tile, const Row<A>& row) {
-      T* to = y + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
-      for (int i = 0; i < tile.columns; ++i) store_token(to + i * s.dim, row.at[i], tile.channels, false);
-    });
+    convolve_frame<T>(source, batch, frames_read(s, frame), weights, block, bias,
+                      [&](int64_t r, const Tile& tile, const Row<A>& row) {
+                        T* to = y + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
+                        for (int i = 0; i < tile.columns; ++i)
+                          store_token(to + i * s.dim, row.at[i], tile.channels, false);
+                      });
   });
 }
 
@@ -261,17 +265,19 @@ void backward_x(const DepthwiseConv3dBackward& p) {
     alignas(64) A sum[kChannels<A>] = {};
     T* grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + (batch * s.frames + frame) * tokens * s.dim : nullptr;
     if (grad_x && !p.accumulate) clear_prefix(grad_x, s, block);
-    convolve_frame<T>(source, batch, gradients_read(s, frame), weights, block, no_bias, [&](int64_t r, const Tile& tile, const Row<A>& row) {
-      if (grad_x) {
-        T* to = grad_x + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
-        for (int i = 0; i < tile.columns; ++i) store_token(to + i * s.dim, row.at[i], tile.channels, p.accumulate);
-      }
-      if (!p.grad_position) return;
-      alignas(64) A row_sum[kChannels<A>] = {};  // a sum of sums loses less than one long sum
-      for (int i = 0; i < tile.columns; ++i)
-        for (int c = 0; c < kChannels<A>; ++c) row_sum[c] += c < tile.channels ? row.at[i][c] : A(0);
-      for (int c = 0; c < kChannels<A>; ++c) sum[c] += row_sum[c];
-    });
+    convolve_frame<T>(source, batch, gradients_read(s, frame), weights, block, no_bias,
+                      [&](int64_t r, const Tile& tile, const Row<A>& row) {
+                        if (grad_x) {
+                          T* to = grad_x + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
+                          for (int i = 0; i < tile.columns; ++i)
+                            store_token(to + i * s.dim, row.at[i], tile.channels, p.accumulate);
+                        }
+                        if (!p.grad_position) return;
+                        alignas(64) A row_sum[kChannels<A>] = {};  // a sum of sums loses less than one long sum
+                        for (int i = 0; i < tile.columns; ++i)
+                          for (int c = 0; c < kChannels<A>; ++c) row_sum[c] += c < tile.channels ? row.at[i][c] : A(0);
+                        for (int c = 0; c < kChannels<A>; ++c) sum[c] += row_sum[c];
+                      });
     if (!p.grad_position) return;
     A* partial = static_cast<A*>(p.position_partials) + (batch * s.frames + frame) * s.dim + block.channel;
     for (int c = 0; c < block.channels; ++c) partial[c] = sum[c];
@@ -296,7 +302,8 @@ struct alignas(64) WeightSums {
 
 // Adds one row's products: K² accumulators stay in registers along the row.
 template <int K, class A>
-INTI_INLINE void add_row_products(const RowRing<A, K>& ring, const Row<A>& grad, int64_t r, const Tile& tile, A (*taps)[kChannels<A>]) {
+INTI_INLINE void add_row_products(const RowRing<A, K>& ring, const Row<A>& grad, int64_t r, const Tile& tile,
+                                  A (*taps)[kChannels<A>]) {
   for (int c = 0; c < tile.channels; c += kLanes<A>) {
     Vec<A> sums[K][K] = {};
     const Row<A>* rows[K];
@@ -325,8 +332,8 @@ INTI_INLINE void add_row(const Row<A>& grad, const Tile& tile, A* bias) {
 }
 
 template <class T, int K, class A>
-void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, int64_t out_frame, const FrameTaps& taps, Tile tile,
-                        WeightSums<A, K>& sums) {
+void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, int64_t out_frame, const FrameTaps& taps,
+                        Tile tile, WeightSums<A, K>& sums) {
   constexpr int halo = K / 2, width = kColumns - 2 * halo;
   RowRing<A, K> rings[kKernelTime];
   Row<A> grad;
@@ -337,7 +344,8 @@ void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, in
         stage_row<T>(x, batch, taps.at[f].frame, r, tile, halo, rings[f].slots[(r + K) % K]);
       if (r < halo) continue;
       stage_row<T>(grad_y, batch, out_frame, r - halo, tile, 0, grad);
-      for (int f = 0; f < taps.count; ++f) add_row_products<K>(rings[f], grad, r - halo, tile, sums.rows + taps.at[f].tap * K * K);
+      for (int f = 0; f < taps.count; ++f)
+        add_row_products<K>(rings[f], grad, r - halo, tile, sums.rows + taps.at[f].tap * K * K);
       add_row(grad, tile, sums.rows[sums.kRows - 1]);
     }
   }
@@ -349,7 +357,8 @@ void backward_weight(const DepthwiseConv3dBackward& p) {
   const DepthwiseConv3dShape& s = p.shape;
   const Source x(s, p.x, p.x_strides, p.position), grad_y(s, p.grad_y, p.grad_y_strides, nullptr);
   const int64_t out_frames = s.frames / s.temporal_stride, all = s.batch * out_frames;
-  const int64_t chunks = depthwise_conv3d_chunks(s.batch, out_frames), blocks = (s.dim + kChannels<A> - 1) / kChannels<A>;
+  const int64_t chunks = depthwise_conv3d_chunks(s.batch, out_frames),
+                blocks = (s.dim + kChannels<A> - 1) / kChannels<A>;
   parallel_for(chunks * blocks, s.threads, [&](int64_t i) {
     const int64_t chunk = i / blocks;
     const Tile block = channel_tile(s.dim, i % blocks, kChannels<A>);

@@ -18,7 +18,7 @@ import torch
 
 BACKENDS = ("reference", "cpu")
 
-# Backends with a kernel of their own, op by op, best first. An op with none is plain PyTorch whatever backend is chosen.
+# Backends with a kernel of their own, op by op, best first. An op with none is plain PyTorch whatever is chosen.
 HAS_KERNEL: dict[str, tuple[str, ...]] = {
     "pair_interpolate": ("cpu",),
     "depthwise_conv3d": ("cpu",),
@@ -34,7 +34,7 @@ _active = os.environ.get("INTI_BACKEND") or "auto"
 _noted: set[str] = set()
 
 
-class use_backend:  # noqa: N801 - reads as a function, works as a context manager
+class use_backend:
     """Chooses the backend of every op that isn't given one, for the process, or for a ``with`` block.
 
     Args:
@@ -142,8 +142,12 @@ def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> st
 def _explicit(op: str, backend: str, x: torch.Tensor) -> str:
     reasons = {name: why_not(name, op, device=x.device, dtype=x.dtype) for name in BACKENDS}
     if reasons[backend]:
-        candidates = "; ".join(f"{name}: {' '.join(why) or 'can run here.'}" for name, why in reasons.items())
-        raise RuntimeError(f"{op} can't run on the backend {backend!r} that was asked for. {candidates}")
+        others = "; ".join(
+            f"{name}: {' '.join(why) or 'can run here'}" for name, why in reasons.items() if name != backend
+        )
+        raise RuntimeError(
+            f"{op} can't run on backend={backend!r}: {' '.join(reasons[backend])} Of the others; {others}."
+        )
     return backend
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native, note
+from ._memory import empty
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -20,8 +21,8 @@ def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None)
     batch, frames, tokens, dim = x.shape
     x = _channels_contiguous(x, "pair_interpolate")
     logits64, position = logits.to(torch.float64).contiguous(), _wide(position, x)
-    z = x.new_empty(batch, frames // 2, tokens, dim)
-    weights = torch.empty_like(logits64)
+    z = empty((batch, frames // 2, tokens, dim), x)
+    weights = empty(logits64.shape, logits64)
     native.load().pair_interpolate_forward(
         shape=(batch, frames, tokens, dim),
         **_common(x),
@@ -50,11 +51,11 @@ def pair_interpolate_backward(
     logits64, wide_position = logits.to(torch.float64).contiguous(), _wide(position, x)
     grad_weights = grad_weights.to(torch.float64).contiguous()
     grad_x = _grad_x(x, needs[0], grad_x_accumulate)
-    grad_logits = torch.empty_like(logits64) if needs[1] else None
+    grad_logits = empty(logits64.shape, logits64) if needs[1] else None
     grad_position = partials = None
     if needs[2]:
-        grad_position = torch.empty_like(wide_position)
-        partials = grad_position.new_empty(batch, module.pair_interpolate_chunks(tokens), frames, dim)
+        grad_position = empty((frames, dim), wide_position)
+        partials = empty((batch, module.pair_interpolate_chunks(tokens), frames, dim), wide_position)
     module.pair_interpolate_backward(
         shape=(batch, frames, tokens, dim),
         **_common(x),
@@ -90,7 +91,7 @@ def depthwise_conv3d_forward(
     batch, frames, tokens, dim = x.shape
     x = _channels_contiguous(x, "depthwise_conv3d")
     taps, bias, position = _taps(weight, x), _wide(bias, x), _wide(position, x)
-    y = x.new_empty(batch, frames // temporal_stride, tokens, dim)
+    y = empty((batch, frames // temporal_stride, tokens, dim), x)
     native.load().depthwise_conv3d_forward(
         shape=(batch, frames, prefix, *grid, dim, temporal_stride),
         kernel_space=weight.shape[-1],
@@ -125,12 +126,13 @@ def depthwise_conv3d_backward(
     grad_taps = weight_partials = grad_position = position_partials = None
     if needs[1] or needs[2]:
         # The last row is the bias's: its sums come out of the same pass.
-        grad_taps = taps.new_empty(taps.shape[0] + 1, dim)
-        chunks = module.depthwise_conv3d_chunks(batch, frames // temporal_stride)
-        weight_partials = taps.new_empty(chunks, *grad_taps.shape)
+        grad_taps = empty((taps.shape[0] + 1, dim), taps)
+        weight_partials = empty(
+            (module.depthwise_conv3d_chunks(batch, frames // temporal_stride), *grad_taps.shape), taps
+        )
     if needs[3]:
-        grad_position = torch.empty_like(wide_position)
-        position_partials = grad_position.new_empty(batch, frames, dim)
+        grad_position = empty((frames, dim), wide_position)
+        position_partials = empty((batch, frames, dim), wide_position)
     module.depthwise_conv3d_backward(
         shape=(batch, frames, prefix, *grid, dim, temporal_stride),
         kernel_space=weight.shape[-1],
@@ -181,7 +183,7 @@ def _taps(weight: Tensor, x: Tensor) -> Tensor:
 def _grad_x(x: Tensor, need: bool, accumulate: Tensor | None) -> Tensor | None:
     if not need:
         return None
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
+    return empty(x.shape, x) if accumulate is None else accumulate
 
 
 def _channels_contiguous(tensor: Tensor, op: str | None = None) -> Tensor:

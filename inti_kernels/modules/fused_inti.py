@@ -13,7 +13,7 @@ from ..reference import InTI
 
 # Parts of the module that are plain PyTorch in every backend, and why.
 PLAIN_PARTS = {
-    "token level": "token_features has no kernel of its own yet; with the attention head its frames aren't a pair's halves",
+    "token level": "token_features has no kernel of its own yet",
     "frame level": "works on B·T class tokens only",
     "global level": "works on B·T class tokens only",
     "head": "interpolation_head has no kernel of its own yet but for the interpolation",
@@ -26,9 +26,9 @@ M = TypeVar("M", bound=nn.Module)
 class FusedInTI(InTI):
     """A drop-in for :class:`InTI` on this package's ops: same constructor, ``state_dict`` and ``forward``.
 
-    The cube level (Eq. 10) is one depthwise convolution read straight from the tokens, the interpolation (Eq. 7) one
-    pass over them. Under autocast the cube level runs in the autocast dtype, as InTI's convolution does, and the weights
-    have the dtype that InTI's would have.
+    The cube level (Eq. 10) is a depthwise convolution that reads the tokens where they lie, the interpolation (Eq. 7) a
+    single pass over them. Under autocast the cube level runs in the autocast dtype, as InTI's convolution does, and the
+    weights have the dtype that InTI's would have.
 
     Args:
         backend: "auto", "reference" or "cpu" for the ops of this module; None takes the choice in force at each call,

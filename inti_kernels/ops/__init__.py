@@ -7,4 +7,4 @@ from .token_features import token_features
 
 OPS = ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head")
 
-__all__ = ["OPS", *OPS]
+__all__ = ["OPS", "depthwise_conv3d", "interpolation_head", "pair_interpolate", "token_features"]

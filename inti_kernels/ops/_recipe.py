@@ -64,6 +64,51 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+class _OnceOnly(torch.autograd.Function):
+    """Hands gradients on as they are; differentiating them is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"inti_kernels.{ctx.op} can be differentiated once; for higher derivatives use backend='reference', "
+            "which is plain PyTorch"
+        )
+
+
+def differentiable_once(op: str) -> Callable[..., Any]:
+    """For the backward of an op's Function, which takes (ctx, *upstream gradients).
+
+    torch.autograd.function.once_differentiable raises only where the upstream gradients require grad themselves: a
+    gradient penalty, whose first backward starts from a constant, would lose its derivative without a word.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def wrapped(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                grads = backward(ctx, *upstream)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                there = [grad for grad in grads if grad is not None]
+                sources = [tensor for tensor in (*ctx.saved_tensors, *upstream) if tensor is not None]
+                marked = iter(_OnceOnly.apply(op, len(there), *there, *sources))
+                grads = tuple(None if grad is None else next(marked) for grad in grads)
+            return grads
+
+        return wrapped
+
+    return decorate
+
+
 def present(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """A custom op can't return None: what isn't there goes out as an empty tensor."""
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
@@ -86,11 +131,12 @@ def unfold(output: Any, size: int) -> Any:
     return tuple(unfold(tensor, size) for tensor in output)
 
 
-def one_by_one(run: Callable[..., Any], size: int, axes: Sequence[int | None], args: Sequence[Any]) -> Any:
+def one_by_one(run: Callable[..., Any], size: int, axes: Sequence[Any], args: Sequence[Any]) -> Any:
     """vmap as a loop, for a mapped parameter: its gradients must stay apart, so the batch can't be folded."""
     runs = []
-    for i in range(size):
-        runs.append(run(*(arg if axis is None else arg.select(axis, i) for arg, axis in zip(args, axes, strict=True))))
+    for i in range(size):  # the axis of a list is a list of None
+        one = (arg.select(axis, i) if isinstance(axis, int) else arg for arg, axis in zip(args, axes, strict=True))
+        runs.append(run(*one))
     if isinstance(runs[0], Tensor):
         return torch.stack(runs)
     return tuple(torch.stack(tensors) for tensors in zip(*runs, strict=True))

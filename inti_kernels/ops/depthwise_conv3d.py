@@ -1,11 +1,10 @@
-"""depthwise_conv3d: depthwise 3-D convolution over the patch tokens, in place of a permute, a conv3d and a permute (Eq. 10)."""
+"""depthwise_conv3d: depthwise 3-D convolution over the patch tokens, read where they lie (Eq. 10)."""
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference import functional
@@ -20,8 +19,8 @@ CASES = (((3, 3, 3), 2), ((3, 3, 3), 1), ((3, 1, 1), 1))
 def _forward(
     x: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
-    position: Optional[Tensor],
+    bias: Tensor | None,
+    position: Tensor | None,
     grid: Sequence[int],
     temporal_stride: int,
     prefix: int,
@@ -43,16 +42,16 @@ def _backward(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
-    position: Optional[Tensor],
+    bias: Tensor | None,
+    position: Tensor | None,
     grid: Sequence[int],
     temporal_stride: int,
     prefix: int,
     needs: Sequence[bool],
-    grad_x_accumulate: Optional[Tensor],
+    grad_x_accumulate: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and position; empty where ``needs`` says no, or where x's went into the accumulator."""
+    """Gradients of the four inputs; empty where ``needs`` says no, or where x's went into the accumulator."""
     recipe.check_accumulator(grad_x_accumulate, x)
     module = backends.implementation("depthwise_conv3d", backend, x, direction="backward")
     grads = module.depthwise_conv3d_backward(
@@ -69,7 +68,9 @@ def _(grad_y, x, weight, bias, position, grid, temporal_stride, prefix, needs, g
 
 
 @_backward.register_vmap
-def _(info, in_dims, grad_y, x, weight, bias, position, grid, temporal_stride, prefix, needs, grad_x_accumulate, backend):  # type: ignore[no-untyped-def]
+def _(
+    info, in_dims, grad_y, x, weight, bias, position, grid, temporal_stride, prefix, needs, grad_x_accumulate, backend
+):  # type: ignore[no-untyped-def]
     size, sizes = info.batch_size, (grid, temporal_stride, prefix, needs, grad_x_accumulate, backend)
     if any(needs[1:]) or any(axis is not None for axis in in_dims[2:5]):
         args = (grad_y, x, weight, bias, position, *sizes)
@@ -85,8 +86,8 @@ class DepthwiseConv3d(torch.autograd.Function):
     def forward(
         x: Tensor,
         weight: Tensor,
-        bias: Optional[Tensor],
-        position: Optional[Tensor],
+        bias: Tensor | None,
+        position: Tensor | None,
         grid: Sequence[int],
         temporal_stride: int,
         prefix: int,
@@ -100,8 +101,8 @@ class DepthwiseConv3d(torch.autograd.Function):
         ctx.sizes, ctx.backend = inputs[4:7], inputs[7]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Optional[Tensor], ...]:
+    @recipe.differentiable_once("depthwise_conv3d")
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
         grads = _backward(grad_y, *ctx.saved_tensors, *ctx.sizes, needs, None, ctx.backend)
         return *recipe.only_needed(grads, needs), None, None, None, None
@@ -158,6 +159,8 @@ def depthwise_conv3d(
         RuntimeError: the backend that was asked for can't run here; a second derivative, or forward-mode AD.
     """
     recipe.check_tokens(x)
+    if temporal_stride == 2:
+        recipe.check_pairs(x.shape[1])
     _check_grid(x, grid, prefix)
     recipe.check_floating(weight, "weight")
     frames, dim = x.shape[1], x.shape[3]
@@ -171,8 +174,6 @@ def depthwise_conv3d(
     recipe.check_like(weight, "weight", x, (dim, 1, *kernel), "[C, 1, KT, KH, KW]")
     recipe.check_like(bias, "bias", x, (dim,), "[C]")
     recipe.check_like(position, "position", x, (frames, dim), "[T, C]")
-    if temporal_stride == 2:
-        recipe.check_pairs(frames)
     backend = backends.requested(backend)
     if backend == "reference":
         backends.count_reference("depthwise_conv3d")
@@ -184,7 +185,9 @@ def depthwise_conv3d(
 
 def _check_grid(x: Tensor, grid: tuple[int, int], prefix: int) -> None:
     if len(grid) != 2 or min(grid) < 1 or prefix < 0:
-        raise ValueError(f"grid must be (H, W), both at least 1, and prefix 0 or more; got grid {grid}, prefix {prefix}")
+        raise ValueError(
+            f"grid must be (H, W), both at least 1, and prefix 0 or more; got grid {grid}, prefix {prefix}"
+        )
     if x.shape[2] != prefix + grid[0] * grid[1]:
         raise ValueError(
             f"x must have prefix + H·W = {prefix} + {grid[0]}·{grid[1]} = {prefix + grid[0] * grid[1]} tokens a frame, "

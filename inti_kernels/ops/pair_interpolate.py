@@ -1,11 +1,10 @@
-"""pair_interpolate: the softmax over each token pair's logits and the weighted sum of its frames, in one pass (Eq. 7)."""
+"""pair_interpolate: the softmax over each token pair's logits and the sum of its frames by it, in one pass (Eq. 7)."""
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference import functional
@@ -14,12 +13,12 @@ from . import _recipe as recipe
 
 @torch.library.custom_op("inti_kernels::pair_interpolate", mutates_args=())
 @recipe.without_autocast
-def _forward(x: Tensor, logits: Tensor, position: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     return backends.implementation("pair_interpolate", backend, x).pair_interpolate_forward(x, logits, position)
 
 
 @_forward.register_fake
-def _(x: Tensor, logits: Tensor, position: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     batch, frames, tokens, dim = x.shape
     return x.new_empty(batch, frames // 2, tokens, dim), logits.new_empty(logits.shape)
 
@@ -31,9 +30,9 @@ def _backward(
     grad_weights: Tensor,
     x: Tensor,
     logits: Tensor,
-    position: Optional[Tensor],
+    position: Tensor | None,
     needs: Sequence[bool],
-    grad_x_accumulate: Optional[Tensor],
+    grad_x_accumulate: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, logits and position; empty where ``needs`` says no, or where x's went into the accumulator."""
@@ -64,7 +63,7 @@ class PairInterpolate(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
     @staticmethod
-    def forward(x: Tensor, logits: Tensor, position: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
         return _forward(x, logits, position, backend)
 
     @staticmethod
@@ -73,14 +72,14 @@ class PairInterpolate(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor, grad_weights: Tensor) -> tuple[Optional[Tensor], ...]:
+    @recipe.differentiable_once("pair_interpolate")
+    def backward(ctx: Any, grad_z: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
         grads = _backward(grad_z, grad_weights, *ctx.saved_tensors, needs, None, ctx.backend)
         return *recipe.only_needed(grads, needs), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, logits: Tensor, position: Optional[Tensor], backend: str) -> Any:
+    def vmap(info: Any, in_dims: Any, x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> Any:
         size, args = info.batch_size, (x, logits, position, backend)
         if in_dims[2] is not None:
             return recipe.one_by_one(PairInterpolate.apply, size, in_dims, args), (0, 0)

@@ -243,7 +243,7 @@ class InTI(nn.Module):
         if len(grid) != 2 or x.shape[2] != self.prefix + grid[0] * grid[1]:
             raise ValueError(
                 f"expected {self.prefix} prefix tokens + the grid {tuple(grid)} = "
-                f"{self.prefix + grid[0] * grid[-1]} tokens a frame, got {x.shape[2]}; another grid goes in as grid=(H, W)"
+                f"{self.prefix + grid[0] * grid[-1]} tokens a frame, got {x.shape[2]}; pass another grid as grid=(H, W)"
             )
 
     def extra_repr(self) -> str:

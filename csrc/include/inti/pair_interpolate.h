@@ -38,7 +38,8 @@ struct PairInterpolateBackward {
   void* partials;              // wide [batch, pair_interpolate_chunks(tokens), frames, dim]; null without grad_position
 };
 
-// Chunks of tokens in which grad_position is summed: depends on the size only, so that the bits don't depend on threads.
+// Chunks of tokens in which grad_position is summed: depends on the size only, so that the bits don't depend on
+// threads.
 inline int64_t pair_interpolate_chunks(int64_t tokens) { return (tokens + 31) / 32; }
 
 }  // namespace inti

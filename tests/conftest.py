@@ -1,0 +1,60 @@
+"""What all tests share: Hypothesis profiles, scratch memory full of NaN, and the backends under test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from inti_kernels.backends import _memory, cpu, native
+
+# `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
+# finding what nobody thought of (HYPOTHESIS_PROFILE=full).
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("fast", max_examples=25, derandomize=True, **_COMMON)
+settings.register_profile("full", max_examples=400, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+@pytest.fixture(autouse=True)
+def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and workspaces start as NaN: what a kernel doesn't write shows."""
+
+    def empty_of_nan(shape, like):  # type: ignore[no-untyped-def]
+        return torch.full(tuple(shape), float("nan"), dtype=like.dtype, device=like.device)
+
+    for module in (_memory, cpu):
+        monkeypatch.setattr(module, "empty", empty_of_nan)
+
+
+def variants() -> list[str]:
+    """Every backend under test, the cpu backend once for each instruction set of this machine."""
+    if native.why_not_native():
+        return ["cpu"]  # and the tests fail with the reason
+    forced = os.environ.get("INTI_CPU")
+    return [f"cpu-{isa}" for isa in ([forced] if forced else native.load().cpu_isas())]
+
+
+@pytest.fixture(params=variants())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend; while the test runs, it is in the state that the variant names."""
+    name, _, isa = request.param.partition("-")
+    if not isa:
+        yield name
+        return
+    module = native.load()
+    before = module.cpu_isa()
+    module.set_cpu_isa(isa)
+    yield name
+    module.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores PyTorch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
