@@ -7,15 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from inti_kernels.backends import _memory, cpu, native
 
 # `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
-# finding what nobody thought of (HYPOTHESIS_PROFILE=full).
+# finding what nobody thought of (HYPOTHESIS_PROFILE=full); `mutants` only wants to know whether something fails.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("fast", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=400, **_COMMON)
+settings.register_profile(
+    "mutants", max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 

@@ -82,11 +82,9 @@ def test_any_finite_logit_gives_finite_weights(backend: str, dtype: torch.dtype)
 
 
 def test_small_weights_keep_their_digits(backend: str) -> None:
-    logits = torch.tensor([[[[-30.0, 30.0]]]])
-    _, weights = ops.pair_interpolate(torch.randn(1, 2, 1, 4), logits, backend=backend)
-    torch.testing.assert_close(
-        weights[..., 0].double(), torch.sigmoid(torch.tensor([[[-60.0]]]).double()), rtol=1e-7, atol=0
-    )
+    logits = torch.tensor([[[[-30.0, 30.0], [30.0, -30.0]]]])
+    _, weights = ops.pair_interpolate(torch.randn(1, 2, 2, 4), logits, backend=backend)
+    torch.testing.assert_close(weights.double(), logits.double().softmax(-1), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("where", ["x", "logits"])

@@ -83,6 +83,11 @@ class FusedInTI(InTI):
             backend=self.backend,
         )
 
+    def _token_features(self, x: Tensor) -> Tensor:
+        frames = self.token(x)  # [B, T, N, C/2]
+        # One copy there and one back: the gradients of two slices, concatenated, would be two tensors full of zeros.
+        return frames.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+
     def _interpolate(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         # Autocast on CUDA, unlike that on the CPU, runs InTI's softmax in float32.
         if x.device.type == "cuda" and _autocast_dtype(logits) is not None:
@@ -165,6 +170,6 @@ def _become(module: nn.Module, cls: type[M], backend: str | None) -> M:
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast turns the inputs of a linear layer or convolution into, or None: float64 it leaves alone."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

@@ -1,0 +1,176 @@
+# ruff: noqa: E501 - a fault reads best on one line
+"""Plants one-line faults in the kernels, one at a time, and sees that the tests of the op catch each.
+
+    python tests/mutants.py [--op depthwise_conv3d]
+
+Works on a copy of the tree under build/mutants, built for the baseline instruction set. Exit status 1 if a fault
+survives. A fault that no test catches is a missing test, not a fault to take off the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "mutants"
+COPIED = ("inti_kernels", "csrc", "python", "tests", "benchmarks", "CMakeLists.txt", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A line's change in a file: ``old``, which stands there once, becomes ``new``."""
+
+    why: str
+    file: str
+    old: str
+    new: str
+
+
+def _mutants(file: str, *faults: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(why, file, old, new) for why, old, new in faults]
+
+
+MUTANTS = {
+    "pair_interpolate": _mutants(
+        "csrc/cpu/pair_interpolate.cpp",
+        ("the second frame is the first", "const T* x1 = x0 + p.x_strides.frame;", "const T* x1 = x0;"),
+        ("the weights are swapped", "first(1 / (1 + std::exp(logits[1] - logits[0])))", "first(1 / (1 + std::exp(logits[0] - logits[1])))"),
+        ("small weights lose their digits", "second(1 / (1 + std::exp(logits[0] - logits[1])))", "second(1 - first)"),
+        ("a chunk ends a token early", "begin + 32 < shape.tokens ? begin + 32 : shape.tokens", "begin + 31 < shape.tokens ? begin + 31 : shape.tokens"),
+        ("the second frame has the first one's position", "v1 += load(position1 + c);", "v1 += load(position0 + c);"),
+        ("the backward forgets the position", "if (p.position) difference +=", "if (false) difference +="),
+        ("the buffer is overwritten", "p.accumulate ? load(grad_x + c) + grad : grad", "grad"),
+        ("stale memory is added to", "p.accumulate ? load(grad_x + c) + grad : grad", "load(grad_x + c) + grad"),
+        ("the weights' own gradient is dropped", "if (p.grad_weights) difference +=", "if (false) difference +="),
+        ("the second logit's gradient has the wrong sign", "= -p.grad_logits[2 * out];", "= p.grad_logits[2 * out];"),
+        ("half of the partial sums start as garbage", "c < 2 * dim; ++c) partial[c] = 0", "c < dim; ++c) partial[c] = 0"),
+        ("the last chunk's partial sum is dropped", "i < rows; ++i)", "i < rows - 1; ++i)"),
+        ("a lone last channel is skipped", "rest > 0)", "rest > 1)"),
+        ("the batch stride is ignored", "batch * strides.batch + frame", "frame"),
+    ),
+    "depthwise_conv3d": _mutants(
+        "csrc/cpu/depthwise_conv3d.cpp",
+        ("the first column is padding", "column >= 0 &&", "column >= 1 &&"),
+        ("the row below the grid isn't padding", "r < source.height &&", "r <= source.height &&"),
+        ("the bias of another channel block", "static_cast<const A*>(p.bias)[block.channel + c]", "static_cast<const A*>(p.bias)[c]"),
+        ("the gradient's taps aren't turned", "at[t][K - 1 - h][K - 1 - w]", "at[t][h][w]"),
+        ("an output is centred on the pair's second frame", "shape.temporal_stride * out_frame + tap - 1", "shape.temporal_stride * out_frame + tap"),
+        ("the gradient reads time backwards", "frame + 1 - tap", "frame - 1 + tap"),
+        ("the buffer is overwritten", "store(to + c, accumulate ? load(to + c) + v : v);", "store(to + c, v);"),
+        ("stale memory is added to", "store(to + c, accumulate ? load(to + c) + v : v);", "store(to + c, load(to + c) + v);"),
+        ("the buffer's prefix tokens are cleared", "if (grad_x && !p.accumulate) clear_prefix", "if (grad_x) clear_prefix"),
+        ("the padding has a position", "row.at[i][c] = 0;", "row.at[i][c] = position && c < tile.channels ? position[c] : A(0);"),
+        ("a frame's sums go into the next one's", "frame_sums.clear();", "if (frame == all * chunk / chunks) frame_sums.clear();"),
+        ("the last frame of a chunk is dropped", "frame < all * (chunk + 1) / chunks;", "frame < all * (chunk + 1) / chunks - (chunks == 32);"),
+        ("a wide grid's second tile starts too far right", "tile.column < source.width; tile.column += width", "tile.column < source.width; tile.column += width + 1"),
+        ("the bias's gradient misses a column", "for (int i = 0; i < tile.columns; ++i) sum +=", "for (int i = 1; i < tile.columns; ++i) sum +="),
+        ("the ring's row is another one", "slots[(r + Rows) % Rows]", "slots[(r + Rows + 1) % Rows]"),
+        ("a prefix token is left unwritten", "k < shape.prefix; ++k)", "k < shape.prefix - 1; ++k)"),
+    ),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=sorted(MUTANTS), action="append", help="only this op's; may be repeated")
+    ops = parser.parse_args().op or sorted(MUTANTS)
+    _copy()
+    caught = survived = 0
+    for op in ops:
+        _build()
+        if not _passes(op):
+            print(f"{op}: the tests fail without any fault; nothing can be said of the mutants")
+            return 1
+        for mutant in MUTANTS[op]:
+            start = time.monotonic()
+            alive = _survives(op, mutant)
+            survived, caught = survived + alive, caught + (not alive)
+            print(
+                f"{'SURVIVED' if alive else 'caught  '} {op}: {mutant.why} ({time.monotonic() - start:.0f} s)",
+                flush=True,
+            )
+    print(f"{caught} passed, {survived} failed")
+    return 1 if survived else 0
+
+
+def _copy() -> None:
+    """A fresh copy of the sources; the build folder is kept, so that a run compiles only what changed."""
+    tree = WORK / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_native*"))
+        else:
+            shutil.copy2(source, tree / name)
+
+
+def _survives(op: str, mutant: Mutant) -> bool:
+    path = WORK / "tree" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(
+            f"{mutant.file} must contain {mutant.old!r} once, it does {text.count(mutant.old)} times: {mutant.why}"
+        )
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        _build()
+        return _passes(op)
+    finally:
+        path.write_text(text)
+
+
+def _build() -> None:
+    # The tools that pip installed stand beside this Python.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    environment = {**os.environ, "PATH": path}
+    build = WORK / "build"
+    if not (build / "build.ninja").exists():
+        options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DINTI_CPU_ISAS=baseline"]
+        _run(["cmake", "-S", str(WORK / "tree"), "-B", str(build), *options], environment)
+    _run(["cmake", "--build", str(build)], environment)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def _passes(op: str) -> bool:
+    """Whether the op's tests pass; a crash or a hang is a caught fault too. What needs a compiler is left out: slow."""
+    (library,) = (WORK / "build").glob("_native*")
+    environment = {**os.environ, "INTI_NATIVE_LIBRARY": str(library), "PYTHONPATH": str(WORK / "tree")}
+    environment["HYPOTHESIS_PROFILE"] = "mutants"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        f"tests/test_{op}.py",
+    ]
+    command += ["-k", "not compile and not opcheck and not export"]
+    try:
+        done = subprocess.run(command, cwd=WORK / "tree", env=environment, capture_output=True, text=True, timeout=600)
+    except subprocess.TimeoutExpired:
+        return False
+    if done.returncode in (2, 3, 4, 5):  # interrupted, internal error, usage, no tests: not a verdict
+        raise SystemExit(f"pytest did not run the tests of {op}:\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
