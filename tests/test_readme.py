@@ -39,5 +39,5 @@ def test_the_commands_and_targets_exist() -> None:
     usage = subprocess.run([sys.executable, "-m", "inti_kernels", "--help"], capture_output=True, text=True, cwd=ROOT)
     for command in re.findall(r"`python -m inti_kernels ([a-z]+)`", README):
         assert command in usage.stdout
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", re.sub(r"```.*?```", "", README, flags=re.DOTALL)):
         assert (ROOT / path).exists(), path

@@ -60,8 +60,9 @@ class FusedInTI(InTI):
         """
         if type(inti) not in (InTI, cls):
             raise TypeError(f"from_reference takes an InTI, got {type(inti).__name__}")
-        fused = cls(inti.dim, inti.frames, inti.grid, prefix=inti.prefix, context=inti.context, fusion=inti.fusion,
-                    head=inti.head_type, hidden=inti.hidden, backend=backend)  # fmt: skip
+        with torch.device("meta"):  # no memory, and no random numbers, for parameters that aren't kept
+            fused = cls(inti.dim, inti.frames, inti.grid, prefix=inti.prefix, context=inti.context, fusion=inti.fusion,
+                        head=inti.head_type, hidden=inti.hidden, backend=backend)  # fmt: skip
         fused._parameters.update(inti._parameters)
         fused._modules.update(inti._modules)
         fused.training = inti.training

@@ -17,11 +17,6 @@ def check_tokens(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} must have at least one frame, token and channel, got {tuple(x.shape)}")
 
 
-def check_pairs(frames: int) -> None:
-    if frames % 2:
-        raise ValueError(f"frames must be even to form pairs, got {frames}")
-
-
 def check_floating(tensor: Tensor, name: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

@@ -160,7 +160,7 @@ def depthwise_conv3d(
     """
     recipe.check_tokens(x)
     if temporal_stride == 2:
-        recipe.check_pairs(x.shape[1])
+        functional.check_pairs(x.shape[1])
     _check_grid(x, grid, prefix)
     recipe.check_floating(weight, "weight")
     frames, dim = x.shape[1], x.shape[3]

@@ -53,7 +53,7 @@ def interpolation_head(
         RuntimeError: the backend that was asked for can't run here.
     """
     recipe.check_tokens(x)
-    recipe.check_pairs(x.shape[1])
+    functional.check_pairs(x.shape[1])
     pairs = (x.shape[0], x.shape[1] // 2, x.shape[2])
     recipe.check_floating(features, "features")
     recipe.check_like(features, "features", x, (*pairs, features.shape[-1]), "[B, T/2, N, D]")

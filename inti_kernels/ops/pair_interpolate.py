@@ -116,7 +116,7 @@ def pair_interpolate(
     """
     recipe.check_tokens(x)
     batch, frames, tokens, dim = x.shape
-    recipe.check_pairs(frames)
+    functional.check_pairs(frames)
     recipe.check_like(logits, "logits", x, (batch, frames // 2, tokens, 2), "[B, T/2, N, 2]")
     recipe.check_like(position, "position", x, (frames, dim), "[T, C]")
     backend = backends.requested(backend)

@@ -46,7 +46,7 @@ def token_features(
     """
     recipe.check_tokens(x)
     frames, dim = x.shape[1], x.shape[3]
-    recipe.check_pairs(frames)
+    functional.check_pairs(frames)
     recipe.check_like(norm_weight, "norm_weight", x, (dim,), "[C]")
     recipe.check_like(norm_bias, "norm_bias", x, (dim,), "[C]")
     recipe.check_floating(weight, "weight")

@@ -12,6 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def check_pairs(frames: int) -> None:
+    """Without it, slices of an odd number of frames would broadcast to a wrong answer where one frame is left.
+
+    Raises:
+        ValueError: frames is odd, or none.
+    """
+    if frames < 2 or frames % 2:
+        raise ValueError(f"frames must be even to form pairs, got {frames}")
+
+
 def add_position(x: Tensor, position: Tensor | None) -> Tensor:
     """Adds the temporal position to every token of a frame: x + σ·P (Eq. 8).
 
@@ -37,7 +47,11 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
 
     Returns:
         [B, T/2, N, C] in x's dtype.
+
+    Raises:
+        ValueError: T is odd.
     """
+    check_pairs(x.shape[1])
     return (x[:, 0::2] * weights[..., 0:1] + x[:, 1::2] * weights[..., 1:2]).to(x.dtype)
 
 
@@ -51,6 +65,9 @@ def pair_interpolate(x: Tensor, logits: Tensor, position: Tensor | None = None) 
 
     Returns:
         z [B, T/2, N, C] in x's dtype, and the weights (α, β) [B, T/2, N, 2] in the logits' dtype; α + β = 1.
+
+    Raises:
+        ValueError: T is odd.
     """
     weights = logits.softmax(dim=-1)
     return weighted_sum(add_position(x, position), weights), weights
@@ -82,7 +99,12 @@ def depthwise_conv3d(
 
     Returns:
         [B, T / temporal_stride, prefix + H·W, C] in x's dtype.
+
+    Raises:
+        ValueError: T is odd with temporal_stride 2.
     """
+    if temporal_stride == 2:
+        check_pairs(x.shape[1])
     patches = add_position(x, position)[:, :, prefix:].unflatten(2, grid).permute(0, 4, 1, 2, 3)  # [B, C, T, H, W]
     padding = tuple(size // 2 for size in weight.shape[2:])
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -129,7 +151,11 @@ def token_features(
 
     Returns:
         [B, T/2, N, C] (2·D in general).
+
+    Raises:
+        ValueError: T is odd.
     """
+    check_pairs(x.shape[1])
     frames = norm_linear_gelu(add_position(x, position), norm_weight, norm_bias, weight, bias, eps)
     return torch.cat((frames[:, 0::2], frames[:, 1::2]), dim=-1)
 
@@ -181,6 +207,9 @@ def interpolation_head(
 
     Returns:
         z [B, T/2, N, C] in x's dtype, and the weights [B, T/2, N, 2].
+
+    Raises:
+        ValueError: T is odd.
     """
     logits = F.linear(head_hidden(features, cube, frame_context, weight1, bias1), weight2, bias2)
     return pair_interpolate(x, logits, position)

@@ -220,7 +220,7 @@ class InTI(nn.Module):
         Raises:
             ValueError: frames is odd or below 2.
         """
-        _check_frames(frames)
+        functional.check_pairs(frames)
         table = self.position.detach()[:, 0].T[None]  # [1, C, T]
         wide = table.to(torch.promote_types(table.dtype, torch.float32))
         resized = F.interpolate(wide, frames, mode="linear", align_corners=True)[0].T[:, None]
@@ -234,16 +234,18 @@ class InTI(nn.Module):
         if x.dim() != 4:
             raise ValueError(f"x must be [B, frames, prefix + H·W, dim], got {x.dim()} dimensions: {tuple(x.shape)}")
         if x.shape[1] != self.frames:
+            functional.check_pairs(x.shape[1])
             raise ValueError(
                 f"this InTI was built for {self.frames} frames, got {x.shape[1]}; "
                 f"resize_position({x.shape[1]}) makes it take them"
             )
         if x.shape[3] != self.dim:
             raise ValueError(f"x must have dim {self.dim}, got {x.shape[3]}")
-        if len(grid) != 2 or x.shape[2] != self.prefix + grid[0] * grid[1]:
+        _check_grid(grid)
+        if x.shape[2] != self.prefix + grid[0] * grid[1]:
             raise ValueError(
                 f"expected {self.prefix} prefix tokens + the grid {tuple(grid)} = "
-                f"{self.prefix + grid[0] * grid[-1]} tokens a frame, got {x.shape[2]}; pass another grid as grid=(H, W)"
+                f"{self.prefix + grid[0] * grid[1]} tokens a frame, got {x.shape[2]}; pass another grid as grid=(H, W)"
             )
 
     def extra_repr(self) -> str:
@@ -253,9 +255,9 @@ class InTI(nn.Module):
         )
 
 
-def _check_frames(frames: int) -> None:
-    if frames < 2 or frames % 2:
-        raise ValueError(f"frames must be even to form pairs, got {frames}")
+def _check_grid(grid: tuple[int, int]) -> None:
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be (H, W), both at least 1, got {grid}")
 
 
 def _check_arguments(
@@ -270,9 +272,8 @@ def _check_arguments(
 ) -> None:
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be even and positive (the token level makes dim/2 of each frame), got {dim}")
-    _check_frames(frames)
-    if len(tuple(grid)) != 2 or min(grid) < 1:
-        raise ValueError(f"grid must be (H, W), both at least 1, got {grid}")
+    functional.check_pairs(frames)
+    _check_grid(grid)
     if prefix < 0:
         raise ValueError(f"prefix must be 0 or more tokens, got {prefix}")
     if unknown := set(context) - set(LEVELS):

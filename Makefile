@@ -1,0 +1,158 @@
+# inti_kernels: `make demo` and `make test` are all that a newcomer needs, with python3, g++ and make on the machine.
+# Everything else (torch, cmake, ninja, the formatters) is installed into .venv. `make help` lists the rest.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+# What setup.py does without a C++ compiler; here its absence is an error, unless INTI_NATIVE=auto or off is given.
+INTI_NATIVE ?= require
+export INTI_NATIVE
+GCOV ?= gcov
+# Passed on to `make demo` and `make bench` (ARGS), and to pytest (PYTEST_ARGS).
+ARGS ?=
+PYTEST_ARGS ?=
+
+# Volta's Tensor Cores are compute capability 7.0 and 7.2. The newest torch on the default index has no kernels for
+# them; 2.7.1 has, and the Triton that it brings too.
+VOLTA_TORCH := 2.7.1
+ifndef TORCH
+  CAPABILITIES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)
+  TORCH := $(if $(filter 7.0 7.1 7.2 7.3 7.4,$(CAPABILITIES)),$(VOLTA_TORCH),newest)
+endif
+
+BIN := $(VENV)/bin
+VENV_PYTHON := $(BIN)/python
+PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
+CMAKE := $(BIN)/cmake
+CONFIGURE = $(CMAKE) -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(VENV_PYTHON))
+
+CXX_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+NATIVE_INPUTS = $(CXX_SOURCES) $(shell find csrc python -type d) csrc/build_info.h.in
+OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= \
+    tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_native.py
+
+# Stamps: what is installed, by what it depends on. A torch of another version takes the place of the one before.
+VENV_STAMP := $(VENV)/.stamp-venv
+TORCH_STAMP := $(VENV)/.stamp-torch-$(TORCH)
+PACKAGES_STAMP := $(VENV)/.stamp-packages
+NATIVE_STAMP := $(VENV)/.stamp-native
+
+say = @printf '\n== %s\n' "$(1)"
+
+.PHONY: help install demo test lint unit coverage sanitize test-mutants test-full bench format clean
+
+help: ## list the targets
+	@echo "usage: make TARGET [TORCH=2.7.1] [ARGS='--frames 16']    torch here: $(TORCH)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# --- Installing -----------------------------------------------------------------------------------------------------
+
+$(VENV_STAMP):
+	$(call say,Creating $(VENV))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another with PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@if [ "$(INTI_NATIVE)" = require ]; then \
+	    command -v $(firstword $(CXX)) >/dev/null || \
+	        { echo "No C++ compiler: $(CXX) was not found; install g++, name one with CXX=, or go without: INTI_NATIVE=off"; exit 1; }; \
+	    $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("platinclude"), "Python.h")))' || \
+	        { echo "The header Python.h was not found; on Debian and Ubuntu: apt-get install python3-dev"; exit 1; }; \
+	fi
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	@touch $@
+
+$(TORCH_STAMP): | $(VENV_STAMP)
+	$(call say,Installing torch ($(TORCH)))
+	$(PIP) install $(if $(filter newest,$(TORCH)),--upgrade torch,torch==$(TORCH))
+	@rm -f $(VENV)/.stamp-torch-*
+	@touch $@
+
+$(PACKAGES_STAMP): pyproject.toml setup.py $(TORCH_STAMP)
+	$(call say,Installing what the build and the tests and the demo need)
+	$(PIP) install --upgrade setuptools cmake ninja pybind11
+	INTI_NATIVE=off $(PIP) install --no-build-isolation -e '.[test,demo,bench]'
+	@touch $@
+
+$(NATIVE_STAMP): $(PACKAGES_STAMP) CMakeLists.txt inti_kernels/_version.py $(NATIVE_INPUTS)
+	$(call say,Building the native module)
+	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
+	@touch $@
+
+install: $(NATIVE_STAMP) ## create .venv, install everything into it and build the native module
+
+# --- Using ----------------------------------------------------------------------------------------------------------
+
+demo: install ## the main job, on a real clip: Naive, InTI and FusedInTI (ARGS="--model vit_l_14 …")
+	$(call say,Demo)
+	$(VENV_PYTHON) -m inti_kernels demo $(ARGS)
+
+bench: install ## time every op and the module against plain PyTorch (ARGS="--dtype bfloat16 …")
+	$(call say,Benchmarks)
+	$(VENV_PYTHON) -m inti_kernels bench $(ARGS)
+
+# --- Testing --------------------------------------------------------------------------------------------------------
+
+test: install ## lint, unit and coverage
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory coverage
+
+lint: install ## ruff and clang-format, nothing changed
+	$(call say,Lint)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+unit: install ## the fast tests (PYTEST_ARGS="-k conv -x")
+	$(call say,Tests)
+	$(VENV_PYTHON) -m pytest tests $(PYTEST_ARGS)
+
+# On a build that counts the lines it executes. The op tests go through every instruction set of the machine.
+coverage: install ## the op tests, and how many lines of the C++ kernels they execute: 95 % or more
+	$(call say,Coverage of csrc/cpu: building)
+	$(CONFIGURE) -B build/coverage -DINTI_COVERAGE=ON
+	$(CMAKE) --build build/coverage
+	@find build/coverage -name '*.gcda' -delete
+	$(call say,Coverage of csrc/cpu: the op tests)
+	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/coverage/_native*.so)" $(OP_TESTS)
+	$(call say,Coverage of csrc/cpu)
+	$(BIN)/gcovr --gcov-executable $(GCOV) --root . --object-directory build/coverage --filter csrc/cpu/ --merge-lines \
+	    --gcov-ignore-parse-errors negative_hits.warn_once_per_file --txt-metric line --txt - --fail-under-line 95 \
+	    build/coverage
+
+# torch and Python are not sanitized: the runtime of AddressSanitizer has to be there before them, and libstdc++ with
+# it, so that it sees the exceptions. Leaks are not looked for: Python's own would drown ours.
+sanitize: install ## the op tests on a build with AddressSanitizer and UBSan
+	$(call say,Sanitizers: building)
+	$(CONFIGURE) -B build/sanitize -DINTI_SANITIZE=address,undefined -DCMAKE_CXX_COMPILER=g++
+	$(CMAKE) --build build/sanitize
+	$(call say,Sanitizers: the op tests)
+	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/sanitize/_native*.so)" \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(OP_TESTS) -k 'not compile and not export and not opcheck'
+
+test-mutants: install ## plant one-line faults in the C++ kernels and see each caught
+	$(call say,Mutants)
+	$(VENV_PYTHON) tests/mutants.py
+
+test-full: install ## test, sanitize, test-mutants, and one wheel beside several torches; writes tests/FULL_RESULTS.md
+	$(VENV_PYTHON) tests/full.py
+
+# --- Keeping house --------------------------------------------------------------------------------------------------
+
+format: install ## apply ruff and clang-format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean: ## remove what was built (.venv stays)
+	rm -rf build dist *.egg-info inti_kernels/_native*.so inti_kernels/_build.json .pytest_cache .ruff_cache .hypothesis
+	rm -f $(NATIVE_STAMP)
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,177 @@
+"""One workload of `bench`: its contenders are verified, then timed in turn; a row of plain data for each and mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import testing
+from ._coverage import watch
+from ._timing import (
+    WARM_UP,
+    Contender,
+    autograd_contender,
+    by_mode,
+    interleave,
+    kept_for_backward,
+    peak_bytes,
+    quantiles,
+)
+
+if TYPE_CHECKING:
+    from ..benchmarks.floor import Floor
+    from ..benchmarks.workload import Outputs, Workload
+
+EAGER, COMPILE, FUSED, FLOOR = "eager", "compile", "fused", "floor"
+# Upstream gradients that gradients of few numbers (σ: one) are compared over.
+DRAWS = 8
+# torch.compile sums in an order of its own, at times a worse one than eager PyTorch's. It isn't ours to judge: it is
+# timed unless its errors are this many bounds large, which no rounding makes, and its share of the bound is printed.
+COMPILE_SLACK = 16
+
+
+@dataclass
+class Entry:
+    """A contender, what was found out about it, and its status: "ok", "FAIL", "not covered" or "not run"."""
+
+    run: Callable[[], Outputs]
+    status: str = "ok"
+    note: str = ""
+    executed: str = "torch"
+    used: float | None = None  # the largest share of a bound that its errors took
+    compile_seconds: float | None = None
+
+
+def steps(repeats: int, compiled: bool, floor: bool) -> int:
+    """How often `contest` calls its ``tick``."""
+    contenders = 2 + compiled + floor
+    return contenders * (WARM_UP + repeats) + 2 + compiled
+
+
+def contest(
+    workload: Workload,
+    floor: Floor | None,
+    *,
+    repeats: int,
+    compiled: bool,
+    device: torch.device,
+    tick: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Verifies and times the contenders of a workload.
+
+    Args:
+        workload: what to compute.
+        floor: timed in the same rounds, if given.
+        repeats: timed rounds.
+        compiled: whether torch.compile of the reference takes part.
+        device: where the tensors are.
+        tick: told what is done before each step.
+
+    Returns:
+        Rows of plain data, for every contender and mode; figures of time are None where nothing was timed.
+    """
+    entries = {EAGER: Entry(workload.bind(workload.reference))}
+    if compiled:
+        tick(f"{workload.name}: torch.compile")
+        entries[COMPILE] = _compile(workload)
+    entries[FUSED] = Entry(workload.bind(workload.fused))
+    _verify(workload, entries, tick)
+
+    leaves = list(workload.leaves.values())
+    contenders = {name: autograd_contender(e.run, leaves) for name, e in entries.items() if e.status == "ok"}
+    if floor is not None:
+        entries[FLOOR] = Entry(floor.forward)
+        contenders[FLOOR] = Contender(floor.forward, lambda _: floor.backward())
+    seconds = interleave(contenders, repeats, device, lambda name: tick(f"{workload.name}: {name}"))
+    memory = {name: _memory(name, contender, leaves, device) for name, contender in contenders.items()}
+    return _rows(workload, entries, {name: by_mode(steps) for name, steps in seconds.items()}, memory)
+
+
+def _compile(workload: Workload) -> Entry:
+    """torch.compile in its default mode; both passes are compiled here, so that no timed round is."""
+    torch.compiler.reset()
+    entry = Entry(workload.bind(torch.compile(workload.reference)))
+    start = time.perf_counter()
+    try:
+        contender = autograd_contender(entry.run, list(workload.leaves.values()))
+        contender.backward(contender.forward())
+    except Exception as error:  # no compiler, no Triton, an unsupported dtype: the others are still worth timing
+        entry.status, entry.note = "not run", f"torch.compile: {type(error).__name__}: {str(error).splitlines()[0]}"
+    entry.compile_seconds = time.perf_counter() - start
+    return entry
+
+
+def _verify(workload: Workload, entries: dict[str, Entry], tick: Callable[[str], None]) -> None:
+    """Compares every contender but eager PyTorch, which is what the bounds are made of, on the tensors to be timed."""
+    tick(f"{workload.name}: reference in float64")
+    draws = min(DRAWS, testing.enough_draws(workload.leaves.values()))
+    upstreams = [testing.Upstream(seed) for seed in range(draws)]
+    plain = _runs(workload, entries[EAGER], upstreams)
+    exact = [workload.exact(upstream) for upstream in upstreams]
+    for name, entry in entries.items():
+        if name == EAGER or entry.status != "ok":
+            continue
+        if name == FUSED:
+            tick(f"{workload.name}: verifying {name}")
+        try:
+            with watch(workload.name) as ran:
+                kernel = _runs(workload, entry, upstreams)
+        except Exception as error:  # an op that raises is a row that failed, not the end of the benchmark
+            entry.status, entry.note = "FAIL", f"{type(error).__name__}: {error}"
+            continue
+        if name == FUSED:
+            entry.executed, entry.note = str(ran), ran.note
+            entry.status = "ok" if ran.covered else "not covered"
+        dtype = workload.compute_dtype if workload.autocast else None
+        rows = testing.compare_runs(list(zip(kernel, plain, exact, strict=True)), dtype)
+        entry.used = max(row.used for row in rows)
+        if failed := [row for row in rows if not (row.ok if name == FUSED else row.used <= COMPILE_SLACK)]:
+            entry.status, entry.note = "FAIL", "; ".join(f"{row.name}: {row.note}" for row in failed)
+
+
+def _runs(workload: Workload, entry: Entry, upstreams: list[testing.Upstream]) -> list[testing.Rows]:
+    return [testing.collect(entry.run(), dict(workload.leaves), upstream) for upstream in upstreams]
+
+
+def _memory(
+    name: str, contender: Contender, leaves: list[torch.Tensor], device: torch.device
+) -> tuple[int | None, int | None]:
+    """Bytes kept for the backward, where autograd keeps them, and the peak."""
+    kept = kept_for_backward(contender.forward, leaves) if name in (EAGER, FUSED) else None
+    return kept, peak_bytes(contender, device)
+
+
+def _rows(
+    workload: Workload,
+    entries: dict[str, Entry],
+    seconds: dict[str, dict[str, list[float]]],
+    memory: dict[str, tuple[int | None, int | None]],
+) -> list[dict[str, Any]]:
+    with torch.no_grad():
+        work = workload.work(entries[EAGER].run())
+    rows = []
+    for mode, least in work.items():
+        medians = {name: quantiles(modes[mode])[1] for name, modes in seconds.items()}
+        best = min(medians[name] for name in (EAGER, COMPILE) if name in medians)
+        for name, entry in entries.items():
+            row: dict[str, Any] = {"op": workload.name, "mode": mode, "contender": name, "executed": entry.executed}
+            row |= {"status": entry.status, "note": entry.note, "share_of_bound": entry.used}
+            row |= {"autocast": workload.autocast, "compile_seconds": entry.compile_seconds}
+            row |= {"least_bytes": least.bytes, "least_macs": least.macs}
+            row |= dict.fromkeys(("ms_20", "ms_50", "ms_80", "gb_per_s", "gflop_per_s", "speedup_eager"))
+            row |= dict.fromkeys(("speedup_best", "over_floor", "kept_bytes", "peak_bytes", "rounds"))
+            if name in seconds:
+                median = medians[name]
+                row |= zip(("ms_20", "ms_50", "ms_80"), (1e3 * q for q in quantiles(seconds[name][mode])), strict=True)
+                row |= {"rounds": len(seconds[name][mode]), "speedup_eager": medians[EAGER] / median}
+                row |= {"speedup_best": best / median, "kept_bytes": memory[name][0], "peak_bytes": memory[name][1]}
+                if name != FLOOR:  # its work is another
+                    row |= {"gb_per_s": least.bytes / median / 1e9, "gflop_per_s": 2 * least.macs / median / 1e9}
+                if FLOOR in medians:
+                    row["over_floor"] = median / medians[FLOOR]
+            rows.append(row)
+    return rows

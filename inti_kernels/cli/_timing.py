@@ -1,0 +1,144 @@
+"""How `bench` measures: contenders in turn, forward and backward of one step, quantiles."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a step: ``backward`` takes what ``forward`` returned."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any]
+
+
+def autograd_contender(forward: Callable[[], Any], leaves: Sequence[Tensor], seed: int = 0) -> Contender:
+    """A step of training: the gradients of all leaves from a random upstream gradient of the first output.
+
+    ``torch.autograd.grad`` returns them fresh; adding to ``.grad`` would cost every contender the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    upstream: list[Tensor] = []
+
+    def backward(outputs: Any) -> tuple[Tensor, ...]:
+        first = outputs if isinstance(outputs, Tensor) else outputs[0]
+        if not upstream:
+            upstream.append(torch.randn(first.shape, generator=generator).to(first))
+        return torch.autograd.grad(first, leaves, upstream[0])
+
+    return Contender(forward, backward)
+
+
+def step_seconds(contender: Contender, device: torch.device) -> tuple[float, float]:
+    """Seconds of one forward and of the backward that follows it."""
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        torch.cuda.synchronize(device)
+        marks[0].record()
+        outputs = contender.forward()
+        marks[1].record()
+        gradients = contender.backward(outputs)
+        marks[2].record()
+        torch.cuda.synchronize(device)
+        del outputs, gradients
+        return marks[0].elapsed_time(marks[1]) / 1e3, marks[1].elapsed_time(marks[2]) / 1e3
+    start = time.perf_counter()
+    outputs = contender.forward()
+    middle = time.perf_counter()
+    gradients = contender.backward(outputs)
+    end = time.perf_counter()
+    # Freed after the clock has stopped, for every contender alike.
+    del outputs, gradients
+    return middle - start, end - middle
+
+
+def interleave(
+    contenders: Mapping[str, Contender], repeats: int, device: torch.device, tick: Callable[[str], None]
+) -> dict[str, list[tuple[float, float]]]:
+    """Times all contenders in turn, ``repeats`` rounds, each round starting with another.
+
+    Args:
+        contenders: by name.
+        repeats: rounds, after a few that warm up.
+        device: what the clock is read on.
+        tick: called with the contender's name before each of its ``WARM_UP + repeats`` steps.
+
+    Returns:
+        Name → (forward, backward) seconds of every round.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    names = list(contenders)
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(WARM_UP + repeats):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                tick(name)
+                step = step_seconds(contenders[name], device)
+                if number >= WARM_UP:
+                    seconds[name].append(step)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return seconds
+
+
+def by_mode(steps: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
+    """Seconds of forward, backward and both, step by step."""
+    return {
+        "forward": [forward for forward, _ in steps],
+        "backward": [backward for _, backward in steps],
+        "forward+backward": [forward + backward for forward, backward in steps],
+    }
+
+
+def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """The 20, 50 and 80 % quantiles."""
+    if len(seconds) < 2:
+        return (seconds[0],) * 3
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]
+
+
+def kept_for_backward(forward: Callable[[], Any], leaves: Sequence[Tensor]) -> int:
+    """Bytes that a forward keeps for its backward: every saved storage once, the leaves' own left out."""
+    own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()
+    total = sum(kept.values())
+    del outputs  # not before: a freed storage's address may be given out again
+    return total
+
+
+def peak_bytes(contender: Contender, device: torch.device) -> int | None:
+    """The most that a step allocates at once, above what was there before; None on the CPU, where nothing counts it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    outputs = contender.forward()
+    contender.backward(outputs)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

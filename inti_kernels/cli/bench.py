@@ -1,0 +1,163 @@
+"""`python -m inti_kernels bench`: every op and the whole module, timed against PyTorch after they were verified.
+
+How to read it is in benchmarks/README.md. A contender that fails its comparison, or that only ran the reference, gets a
+row that says so and no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import backends
+from . import _environment
+from ._contest import EAGER, FUSED, contest, steps
+from ._tables import Progress, kibibytes, print_table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# benchmarks/__init__.py has the same list; this one is here so that --help needs no benchmark.
+OPS = ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head", "inti")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    parser.add_argument("--dim", type=_positive, default=768, help="C (default: 768)")
+    parser.add_argument("--frames", type=_positive, default=16, help="T, even (default: 16)")
+    parser.add_argument("--grid", type=_grid, default=(14, 14), metavar="HxW", help="patches (default: 14x14)")
+    parser.add_argument("--batch", type=_positive, default=1, help="clips (default: 1)")
+    parser.add_argument("--prefix", type=int, default=1, help="tokens before the patches (default: 1)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of an op's tensors; for the module, bfloat16 and float16 mean autocast of float32 (default: float32)",
+    )
+    parser.add_argument("--op", choices=("all", *OPS), default="all", help="inti is the module (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--backend", choices=(*backends.BACKENDS, "auto"), help="of the fused contender")
+    parser.add_argument("--threads", type=_positive, help="torch's threads (default: as torch starts)")
+    parser.add_argument("--repeats", type=_positive, default=20, metavar="N", help="timed rounds (default: 20)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to a new file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the medians into a new file, such as bench.png")
+    parser.epilog = "Exit status: 0; 1 if a kernel failed its comparison or what was asked for can't be done."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verifies and times; returns the exit status."""
+    from ..benchmarks import Sizes, load
+    from ..benchmarks.floor import Floor
+
+    try:
+        device = _prepare(args)
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    sizes = Sizes(args.dim, args.frames, args.grid, args.batch, args.prefix)
+    dtype = DTYPES[args.dtype]
+    names = OPS if args.op == "all" else (args.op,)
+    facts = {**_environment.summary(device), "dtype": args.dtype, **vars(sizes)}
+    rows: list[dict[str, Any]] = []
+    total = sum(steps(args.repeats, not args.no_compile, name == "inti") for name in names)
+    with Progress(total) as progress:
+        for name in names:
+            rows += contest(
+                load(name, sizes, dtype, device, args.backend),
+                Floor(sizes, dtype, device) if name == "inti" else None,
+                repeats=args.repeats,
+                compiled=not args.no_compile,
+                device=device,
+                tick=progress.step,
+            )
+    rows = [{**facts, **row} for row in rows]
+    title = _title(facts)
+    for name in names:
+        _print(f"{name}, {title}", [row for row in rows if row["op"] == name])
+    print("GB/s and GFLOP/s are of the least bytes and multiply-accumulates (benchmarks/README.md).")
+    if args.json:
+        args.json.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    if args.plot:
+        from ._plot import plot
+
+        plot(rows, args.plot, title)
+    return int(any(row["status"] == "FAIL" and row["contender"] == FUSED for row in rows))
+
+
+def _prepare(args: argparse.Namespace) -> torch.device:
+    """Checks what was asked for, before minutes are spent on it; returns the device."""
+    if args.frames % 2:
+        raise ValueError(f"--frames must be even to form pairs, got {args.frames}")
+    if args.dim % 2:
+        raise ValueError(f"--dim must be even (the token level makes dim/2 of each frame), got {args.dim}")
+    if args.prefix < 0:
+        raise ValueError(f"--prefix must be 0 or more, got {args.prefix}")
+    for path in (args.json, args.plot):
+        if path is not None and path.exists():
+            raise ValueError(f"{path} exists and is not overwritten; name another file, or remove it")
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} for {path.name}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("--plot needs matplotlib: pip install 'inti_kernels[bench]'")
+    device = _environment.usable_device(args.device)
+    if args.backend and (reasons := backends.why_not(args.backend, device=device, dtype=DTYPES[args.dtype])):
+        raise RuntimeError(f"backend {args.backend!r} can't run on {device}: {' '.join(reasons)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return device
+
+
+def _title(facts: dict[str, Any]) -> str:
+    grid = "×".join(map(str, facts["grid"]))
+    where = f"{facts['device_name']}" + (f", {facts['threads']} threads" if "threads" in facts else "")
+    return (
+        f"{facts['dtype']}, x [{facts['batch']}, {facts['frames']}, {facts['prefix']} + {grid}, {facts['dim']}], "
+        f"{where}, torch {facts['torch']}"
+    )
+
+
+def _print(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    columns = ["mode", "contender", "ms 20 %", "50 %", "80 %", "GB/s", "GFLOP/s", "× eager", "× best", "/ floor"]
+    columns += ["kept", "peak", "of bound", "status"]
+    formats = {"ms_20": ".3f", "ms_50": ".3f", "ms_80": ".3f", "gb_per_s": ".1f", "gflop_per_s": ".1f"}
+    formats |= {"speedup_eager": ".2f", "speedup_best": ".2f", "over_floor": ".2f"}
+    cells, notes = [], {}
+    for row in rows:
+        figures = ["" if row[key] is None else format(row[key], form) for key, form in formats.items()]
+        memory = [kibibytes(row["kept_bytes"]), kibibytes(row["peak_bytes"])]
+        share = "" if row["share_of_bound"] is None else f"{row['share_of_bound']:.0%}"
+        mode = {"forward+backward": "both"}.get(row["mode"], row["mode"]) if row["contender"] == EAGER else ""
+        name = row["contender"] if row["executed"] == "torch" else f"{row['contender']} ({row['executed']})"
+        cells.append([mode, name, *figures, *memory, share, row["status"]])
+        if row["note"]:
+            notes[row["contender"]] = f"{row['status']}: {row['note']}"
+    empty = [index for index in range(len(columns)) if not any(line[index] for line in cells)]
+    cells = [[cell for index, cell in enumerate(line) if index not in empty] for line in cells]
+    columns = [column for index, column in enumerate(columns) if index not in empty]
+    autocast = " (autocast)" if rows[0]["autocast"] else ""
+    print_table(title + autocast, columns, cells, right=columns[2:-1], fold=("status",))
+    for name, note in notes.items():
+        print(f"{name}, {note}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def _grid(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(part) for part in text.lower().replace("×", "x").split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be HxW, such as 14x14, got {text!r}") from None
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1x1, got {text!r}")
+    return height, width

@@ -1,0 +1,270 @@
+"""`python -m inti_kernels check`: every op and FusedInTI against the reference, forward and backward, on this machine.
+
+A row says what was compared, which backend executed it (counted, not believed), the error and the bound, and is one of
+
+* pass: a kernel ran and every output and gradient is inside the bounds of `inti_kernels.testing`;
+* FAIL: it isn't, or it raised;
+* not covered: the reference ran, so nothing was shown of any kernel;
+* not run: the backend can't run here, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .. import backends, ops, testing
+from ..modules import FusedInTI
+from . import _environment
+from ._coverage import watch
+from ._tables import Progress, print_table
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+AUTOCASTS = (torch.bfloat16, torch.float16)
+SIZES: dict[str, Any] = {"dim": 34, "frames": 8, "grid": (5, 3), "batch": 2}
+# The three (kernel, temporal stride) cases that depthwise_conv3d has, and prefixes of a plain ViT, none, and registers.
+CONVOLUTIONS = (((3, 3, 3), 2), ((3, 3, 3), 1), ((3, 1, 1), 1))
+PREFIXES = (1, 0, 5)
+ABLATIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"context": ()},
+    {"context": ("cube",)},
+    {"fusion": "add"},
+    {"fusion": "cat"},
+    {"head": "sigmoid"},
+    {"head": "attention"},
+    {"prefix": 0},
+    {"prefix": 5, "hidden": 20},
+)
+
+
+@dataclass
+class Row:
+    """One line of the report."""
+
+    what: str
+    case: str
+    dtype: str
+    backend: str  # what executed, by the counters
+    status: str
+    comparisons: list[testing.Comparison] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def worst(self) -> testing.Comparison | None:
+        """The comparison that used most of its bound."""
+        return max(self.comparisons, key=lambda row: row.used, default=None)
+
+
+@dataclass
+class Job:
+    """A row to be: what to run, or why it can't be."""
+
+    what: str
+    case: str
+    dtype: str
+    run: Callable[[], list[testing.Comparison]] | None
+    why_not: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument(
+        "--backend",
+        choices=(*backends.BACKENDS, "auto"),
+        help="check this backend only, an error if it can't run here (default: every backend that can)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.epilog = (
+        "Exit status: 0 if at least one row passed and none failed; 1 if one failed, if no kernel ran at all, or if "
+        "the device or the backend asked for can't be used."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs all jobs and prints a row each; returns the exit status."""
+    start = time.perf_counter()
+    try:
+        device = _environment.usable_device(args.device)
+        chosen = _choose(args.backend, device)
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    jobs = [job for backend in chosen for job in _jobs(backend, device)]
+    rows = []
+    with Progress(len(jobs)) as progress:
+        for job in jobs:
+            progress.step(f"{job.what} {job.case} {job.dtype}".strip())
+            rows.append(_row(job))
+    counts = Counter(row.status for row in rows)
+    if args.json:
+        print(json.dumps(_as_json(rows, counts, device), indent=2, ensure_ascii=False))
+    else:
+        _print(rows, counts, device, time.perf_counter() - start)
+    return 0 if counts["pass"] and not counts["FAIL"] else 1
+
+
+def _choose(backend: str | None, device: torch.device) -> list[str]:
+    """The backends to check: the one asked for, or all that are not the reference."""
+    if backend in (None, "auto"):
+        return [name for name in backends.BACKENDS if name != "reference"]
+    if reasons := backends.why_not(backend, device=device):
+        raise RuntimeError(f"backend {backend!r} can't run on {device}: {' '.join(reasons)}")
+    return [backend]
+
+
+def _jobs(backend: str, device: torch.device) -> Iterator[Job]:
+    """Every op and FusedInTI by one backend; where it can't run at all, one line that says why."""
+    if reasons := backends.why_not(backend, device=device):
+        for what in (*ops.OPS, "FusedInTI"):
+            yield Job(what, f"backend {backend}", "", None, " ".join(reasons))
+        return
+    for op in ops.OPS:
+        yield from _op_jobs(op, backend, device)
+    yield from _module_jobs(backend, device)
+
+
+def _op_jobs(op: str, backend: str, device: torch.device) -> Iterator[Job]:
+    # The two that are products of torch so far: the reference runs, which one row says.
+    covered = backend in backends.HAS_KERNEL[op]
+    for dtype in DTYPES if covered else (torch.float32,):
+        if reasons := backends.why_not(backend, op, device=device, dtype=dtype) if covered else []:
+            yield Job(op, "", _name(dtype), None, " ".join(reasons))
+            continue
+        for case, options in _op_options(op) if covered else [("", {})]:
+            arguments = testing.op_cases(op, **{**SIZES, **options}, dtype=dtype, device=device)
+            yield Job(op, case, _name(dtype), _Comparisons(op, arguments, backend))
+    if covered and device.type == "cpu":
+        yield Job(op, "gradcheck", _name(torch.float64), _Gradcheck(op, backend))
+
+
+def _op_options(op: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    convolutions = CONVOLUTIONS if op == "depthwise_conv3d" else CONVOLUTIONS[:1]
+    for prefix in PREFIXES:
+        for kernel, stride in convolutions:
+            options: dict[str, Any] = {"prefix": prefix}
+            label = f"prefix {prefix}"
+            if op == "depthwise_conv3d":
+                options |= {"kernel": kernel, "temporal_stride": stride}
+                label = f"{'×'.join(map(str, kernel))} / {stride}, {label}"
+            yield label, options
+    yield "no position", {"position": False}
+    # Many tokens, so that every thread has work, and a width that fills vector registers.
+    yield "14×14, dim 192", {"dim": 192, "grid": (14, 14), "batch": 1}
+
+
+def _module_jobs(backend: str, device: torch.device) -> Iterator[Job]:
+    for ablation in ABLATIONS:
+        case = ", ".join(f"{name} {_label(value)}" for name, value in ablation.items()) or "as in the paper"
+        for dtype in (torch.float64, torch.float32) if not ablation else (torch.float32,):
+            yield Job("FusedInTI", case, _name(dtype), _Module(ablation, backend, device, dtype, None))
+    for dtype in AUTOCASTS:
+        yield Job("FusedInTI", "autocast", _name(dtype), _Module({}, backend, device, torch.float32, dtype))
+
+
+@dataclass
+class _Comparisons:
+    op: str
+    arguments: testing.OpCase
+    backend: str
+
+    def __call__(self) -> list[testing.Comparison]:
+        return testing.three_way(self.op, *self.arguments, backend=self.backend)
+
+
+@dataclass
+class _Gradcheck:
+    """The kernels' own derivatives by finite differences, in float64; raises with the numbers if they are wrong."""
+
+    op: str
+    backend: str
+
+    def __call__(self) -> list[testing.Comparison]:
+        case = testing.op_cases(self.op, dim=2, frames=4, grid=(2, 2), dtype=torch.float64)
+        names = list(case.inputs)
+
+        def call(*tensors: torch.Tensor) -> Any:
+            return getattr(ops, self.op)(**dict(zip(names, tensors, strict=True)), **case.kwargs, backend=self.backend)
+
+        torch.autograd.gradcheck(call, tuple(tensor.requires_grad_() for tensor in case.inputs.values()))
+        return []
+
+
+@dataclass
+class _Module:
+    ablation: dict[str, Any]
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+    def __call__(self) -> list[testing.Comparison]:
+        inti, x = testing.module_case(**{**SIZES, **self.ablation}, dtype=self.dtype, device=self.device)
+        fused = FusedInTI.from_reference(inti, backend=self.backend)
+        return testing.three_way_module(fused, x, autocast=self.autocast)
+
+
+def _row(job: Job) -> Row:
+    """Runs a job and says what became of it."""
+    if job.run is None:
+        return Row(job.what, job.case, job.dtype, "", "not run", note=job.why_not)
+    try:
+        with watch(job.what) as ran:
+            comparisons = job.run()
+    except Exception as error:  # whatever a kernel raises is a row that failed, not the end of the report
+        return Row(job.what, job.case, job.dtype, "", "FAIL", note=f"{type(error).__name__}: {error}")
+    row = Row(job.what, job.case, job.dtype, str(ran), "pass" if ran.covered else "not covered", comparisons, ran.note)
+    if failed := [comparison for comparison in comparisons if not comparison.ok]:
+        row.status, row.note = "FAIL", "; ".join(f"{comparison.name}: {comparison.note}" for comparison in failed)
+    return row
+
+
+def _print(rows: Sequence[Row], counts: Counter[str], device: torch.device, seconds: float) -> None:
+    columns = ("case", "dtype", "executed", "rms/rms", "max error", "bound", "used", "worst", "status")
+    print(f"Against the reference on {device}: {_environment.device_name(device)}")
+    for what in dict.fromkeys(row.what for row in rows):
+        cells = []
+        for row in (row for row in rows if row.what == what):
+            figures, worst = ("", "", "", "", ""), row.worst
+            if worst is not None:
+                figures = (f"{worst.relative:.1e}", f"{worst.error:.1e}", f"{worst.bound:.1e}", f"{worst.used:.0%}")
+                figures = (*figures, worst.name)
+            note = row.note if row.status not in ("FAIL", "not run") else ""
+            status = f"{row.status}: {note}" if note else row.status
+            cells.append((row.case, row.dtype, row.backend, *figures, status))
+        print_table(what, columns, cells, right=columns[3:7], fold=("worst", "status"))
+    print("rms/rms: RMS of the error over RMS of the reference. used: the largest share of its bound that the maximum,")
+    print("RMS or mean error has; worst: the output or gradient where that is. Bounds: inti_kernels/testing.py.")
+    # What is the same for many rows is said once.
+    for status, note in dict.fromkeys((row.status, row.note) for row in rows if row.status in ("FAIL", "not run")):
+        where = dict.fromkeys(row.what for row in rows if (row.status, row.note) == (status, note))
+        print(f"{status}: {', '.join(where)}: {note}")
+    print(", ".join(f"{counts[s]} {s}" for s in ("pass", "FAIL", "not covered", "not run")) + f" in {seconds:.0f} s")
+    if not counts["pass"] and not counts["FAIL"]:
+        print("No kernel ran here; `python -m inti_kernels info` says why.", file=sys.stderr)
+
+
+def _as_json(rows: Sequence[Row], counts: Counter[str], device: torch.device) -> dict[str, Any]:
+    listed = []
+    for row in rows:
+        entry = asdict(row)
+        entry["comparisons"] = [asdict(comparison) for comparison in row.comparisons]
+        listed.append(entry)
+    return {"environment": _environment.summary(device), "counts": dict(counts), "rows": listed}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _label(value: Any) -> str:
+    return ("+".join(value) or "none") if isinstance(value, tuple) else str(value)

@@ -1,0 +1,75 @@
+"""`python -m inti_kernels info`: what is installed, what can run here and, where something can't, why not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from .. import backends
+from ..modules.fused_inti import PLAIN_PARTS
+from . import _environment
+from ._tables import kibibytes, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints; always succeeds."""
+    facts = collect()
+    if args.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        _print(facts)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything that the command prints, as plain data."""
+    return {
+        "versions": _environment.versions(),
+        "build": _environment.build(),
+        "cpu": _environment.cpu(),
+        "devices": _environment.devices(),
+        "active_backend": backends.active_backend(),
+        "backends": {
+            kind: {"backends": _environment.backend_states(kind), "ops": _environment.op_states(kind)}
+            for kind in sorted({device["device"].split(":")[0] for device in _environment.devices()})
+        },
+        "plain_pytorch": PLAIN_PARTS,
+        "environment": {name: os.environ.get(name) for name in _environment.VARIABLES},
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    print_table("Versions", ("package", "version"), [(k, v or "not installed") for k, v in facts["versions"].items()])
+    _print_pairs("Compiled module", facts["build"])
+    _print_pairs("CPU", facts["cpu"])
+    devices = [(d["device"], d["name"], d.get("capability", ""), kibibytes(d.get("memory"))) for d in facts["devices"]]
+    print_table("Devices", ("device", "name", "capability", "memory"), devices)
+    for kind, states in facts["backends"].items():
+        rows = [(name, _state(reasons)) for name, reasons in states["backends"].items()]
+        print_table(f"Backends on {kind} (active: {facts['active_backend']})", ("backend", "state"), rows)
+        names = tuple(states["backends"])
+        rows = [(op, *(_state(by_backend[name]) for name in names)) for op, by_backend in states["ops"].items()]
+        print_table(f"Ops on {kind}", ("op", *names), rows)
+    rows = list(facts["plain_pytorch"].items())
+    print_table("Parts of FusedInTI that are plain PyTorch in every backend", ("part", "why"), rows)
+    rows = [(n, facts["environment"][n] or "(unset)", what) for n, what in _environment.VARIABLES.items()]
+    print_table("Environment variables", ("variable", "value", "what it does"), rows)
+
+
+def _print_pairs(title: str, pairs: dict[str, Any]) -> None:
+    rows = []
+    for name, value in pairs.items():
+        text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        rows.append((name.replace("_", " "), text or "none"))
+    print_table(title, (), rows)
+
+
+def _state(reasons: list[str]) -> str:
+    return " ".join(reasons) or "available"
