@@ -332,3 +332,25 @@ def test_a_compiled_model_notices_the_swap():
     backends.executed.clear()
     torch.testing.assert_close(compiled(tokens(4, torch.float32)), expected)
     assert backends.executed["pair_interpolate", "cpu"] == 1
+
+
+def test_a_patched_forward_is_left_alone() -> None:
+    """It is bound to the old module: carried over, it would run InTI under FusedInTI's name."""
+    model = nn.Sequential(InTI(6, 4, (2, 3)))
+    model[0].forward = model[0].forward
+    with pytest.warns(UserWarning, match="left alone: 0: its forward was patched"):
+        replaced = fuse(model)
+    assert replaced == []
+    assert type(model[0]) is InTI
+    assert list(replaced.skipped) == ["0"]
+
+
+def test_what_is_fused_already_takes_the_backend() -> None:
+    model = nn.Sequential(InTI(6, 4, (2, 3)))
+    fuse(model)
+    fused = model[0]
+    assert fuse(model, backend="reference") == []
+    assert model[0] is fused
+    assert fused.backend == "reference"
+    assert fuse(fused, backend="cpu").backend == "cpu"
+    assert fuse(fused).backend == "cpu"

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ..benchmarks.workload import Outputs, Workload
 
 EAGER, COMPILE, FUSED, FLOOR = "eager", "compile", "fused", "floor"
-# Upstream gradients that gradients of few numbers (σ: one) are compared over.
-DRAWS = 8
+# Random upstream gradients that a workload is compared over before it is timed. Gradients of a few numbers (σ's has
+# one) need more than is bearable at full size; these are compared over as many as it takes on a small clip.
+DRAWS = 3
 # torch.compile sums in an order of its own, at times a worse one than eager PyTorch's. It isn't ours to judge: it is
 # timed unless its errors are this many bounds large, which no rounding makes, and its share of the bound is printed.
 COMPILE_SLACK = 16
@@ -54,6 +55,7 @@ def steps(repeats: int, compiled: bool, floor: bool) -> int:
 
 def contest(
     workload: Workload,
+    small: Workload,
     floor: Floor | None,
     *,
     repeats: int,
@@ -65,6 +67,7 @@ def contest(
 
     Args:
         workload: what to compute.
+        small: the same on a clip of a few tokens, where the gradients of a few numbers are compared.
         floor: timed in the same rounds, if given.
         repeats: timed rounds.
         compiled: whether torch.compile of the reference takes part.
@@ -79,7 +82,7 @@ def contest(
         tick(f"{workload.name}: torch.compile")
         entries[COMPILE] = _compile(workload)
     entries[FUSED] = Entry(workload.bind(workload.fused))
-    _verify(workload, entries, tick)
+    _verify(workload, small, entries, tick)
 
     leaves = list(workload.leaves.values())
     contenders = {name: autograd_contender(e.run, leaves) for name, e in entries.items() if e.status == "ok"}
@@ -105,13 +108,13 @@ def _compile(workload: Workload) -> Entry:
     return entry
 
 
-def _verify(workload: Workload, entries: dict[str, Entry], tick: Callable[[str], None]) -> None:
+def _verify(workload: Workload, small: Workload, entries: dict[str, Entry], tick: Callable[[str], None]) -> None:
     """Compares every contender but eager PyTorch, which is what the bounds are made of, on the tensors to be timed."""
     tick(f"{workload.name}: reference in float64")
-    draws = min(DRAWS, testing.enough_draws(workload.leaves.values()))
-    upstreams = [testing.Upstream(seed) for seed in range(draws)]
-    plain = _runs(workload, entries[EAGER], upstreams)
+    upstreams = [testing.Upstream(seed) for seed in range(DRAWS)]
+    plain = _runs(workload, entries[EAGER].run, upstreams)
     exact = [workload.exact(upstream) for upstream in upstreams]
+    few = {f"grad {name}" for name, leaf in workload.leaves.items() if leaf.numel() < testing.MIN_SAMPLES}
     for name, entry in entries.items():
         if name == EAGER or entry.status != "ok":
             continue
@@ -119,22 +122,35 @@ def _verify(workload: Workload, entries: dict[str, Entry], tick: Callable[[str],
             tick(f"{workload.name}: verifying {name}")
         try:
             with watch(workload.name) as ran:
-                kernel = _runs(workload, entry, upstreams)
+                kernel = _runs(workload, entry.run, upstreams)
         except Exception as error:  # an op that raises is a row that failed, not the end of the benchmark
             entry.status, entry.note = "FAIL", f"{type(error).__name__}: {error}"
             continue
+        rows = [row for row in _compared(workload, kernel, plain, exact) if row.name not in few]
         if name == FUSED:
             entry.executed, entry.note = str(ran), ran.note
             entry.status = "ok" if ran.covered else "not covered"
-        dtype = workload.compute_dtype if workload.autocast else None
-        rows = testing.compare_runs(list(zip(kernel, plain, exact, strict=True)), dtype)
+            rows += _compared_small(small, few) if few else []
         entry.used = max(row.used for row in rows)
         if failed := [row for row in rows if not (row.ok if name == FUSED else row.used <= COMPILE_SLACK)]:
             entry.status, entry.note = "FAIL", "; ".join(f"{row.name}: {row.note}" for row in failed)
 
 
-def _runs(workload: Workload, entry: Entry, upstreams: list[testing.Upstream]) -> list[testing.Rows]:
-    return [testing.collect(entry.run(), dict(workload.leaves), upstream) for upstream in upstreams]
+def _compared_small(small: Workload, few: set[str]) -> list[testing.Comparison]:
+    """The gradients of a few numbers, over enough draws to tell rounding errors apart."""
+    upstreams = [testing.Upstream(seed) for seed in range(testing.enough_draws(small.leaves.values()))]
+    kernel, plain = (_runs(small, small.bind(function), upstreams) for function in (small.fused, small.reference))
+    exact = [small.exact(upstream) for upstream in upstreams]
+    return [row for row in _compared(small, kernel, plain, exact) if row.name in few]
+
+
+def _runs(workload: Workload, run: Callable[[], Outputs], upstreams: list[testing.Upstream]) -> list[testing.Rows]:
+    return [testing.collect(run(), dict(workload.leaves), upstream) for upstream in upstreams]
+
+
+def _compared(workload: Workload, *runs: list[testing.Rows]) -> list[testing.Comparison]:
+    dtype = workload.compute_dtype if workload.autocast else None
+    return testing.compare_runs(list(zip(*runs, strict=True)), dtype)
 
 
 def _memory(

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     sizes = Sizes(args.dim, args.frames, args.grid, args.batch, args.prefix)
+    few_tokens = replace(sizes, frames=min(sizes.frames, 4), grid=(3, 3), batch=1)
     dtype = DTYPES[args.dtype]
     names = OPS if args.op == "all" else (args.op,)
     facts = {**_environment.summary(device), "dtype": args.dtype, **vars(sizes)}
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         for name in names:
             rows += contest(
                 load(name, sizes, dtype, device, args.backend),
+                load(name, few_tokens, dtype, device, args.backend),
                 Floor(sizes, dtype, device) if name == "inti" else None,
                 repeats=args.repeats,
                 compiled=not args.no_compile,

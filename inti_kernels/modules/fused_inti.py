@@ -112,8 +112,8 @@ def fuse(model: nn.Module, *, backend: str | None = None) -> Replaced | FusedInT
 
     Parameters, buffers, hooks (their handles stay valid), train/eval mode and requires_grad are the same objects and
     values as before, so optimizers and checkpoints go on working. An InTI that stands in several places stays one
-    module. Subclasses of InTI are left alone, since their forward may differ, and reported by a warning and in
-    ``skipped``.
+    module. Left alone, and reported by a warning and in ``skipped``, are subclasses of InTI, whose forward may differ,
+    and modules whose ``forward`` was patched. What is fused already only takes the backend, if one is given.
 
     Args:
         model: any nn.Module.
@@ -136,25 +136,33 @@ def unfuse(model: nn.Module) -> Replaced | InTI:
 
 
 def _swap(model: nn.Module, old: type[InTI], new: type[InTI], backend: str | None) -> Any:
-    if type(model) is new:
-        return model
-    if type(model) is old:
-        return _become(model, new, backend)
     replaced, made = Replaced(), {}
-    for parent_name, parent in list(model.named_modules()):
-        for name, child in parent._modules.items():
-            path = f"{parent_name}.{name}" if parent_name else name
-            if type(child) is old:
-                made[child] = made.get(child) or _become(child, new, backend)
-                parent._modules[name] = made[child]
-                replaced.append(path)
-            elif isinstance(child, InTI) and type(child) not in (InTI, FusedInTI):
-                replaced.skipped[path] = f"{type(child).__name__} is a subclass, whose forward may differ"
-    if isinstance(model, InTI):
-        replaced.skipped[""] = f"{type(model).__name__} is a subclass, whose forward may differ"
-    for path, why in replaced.skipped.items():
-        warnings.warn(f"left alone: {path or 'the model itself'}: {why}", stacklevel=3)
-    return replaced
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is new and backend is not None:
+            module.backend = backend
+        elif reason := _why_leave(module, old, new):
+            replaced.skipped[path] = reason
+            warnings.warn(f"left alone: {path or 'the model itself'}: {reason}", stacklevel=3)
+        elif type(module) is old:
+            made[module] = made.get(module) or _become(module, new, backend)
+            replaced.append(path)
+            parent, _, name = path.rpartition(".")
+            if path:
+                model.get_submodule(parent)._modules[name] = made[module]
+    return made.get(model, model) if type(model) in (old, new) else replaced
+
+
+def _why_leave(module: nn.Module, old: type[InTI], new: type[InTI]) -> str:
+    """Why a module that is some kind of InTI can't be replaced; "" if it can, or is none."""
+    if not isinstance(module, InTI) or type(module) is new:
+        return ""
+    if type(module) is not old:
+        return f"{type(module).__name__} is a subclass, whose forward may differ"
+    if "forward" in module.__dict__:
+        return (
+            "its forward was patched on the instance (accelerate's hooks do that), and would still run the old module"
+        )
+    return ""
 
 
 def _become(module: nn.Module, cls: type[M], backend: str | None) -> M:

@@ -1,0 +1,392 @@
+"""`python -m inti_kernels info | check | bench`: what they say, when they fail, and what they must not print."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from inti_kernels import backends, ops
+from inti_kernels.__main__ import COMMANDS, main
+from inti_kernels.cli import _environment, _tables, _timing, check
+
+
+def run(*arguments: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter: `python -m inti_kernels …`, or ``code``."""
+    command = [sys.executable, *(("-c", code) if code else ("-m", "inti_kernels")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=280)
+
+
+def kernels_run_here() -> bool:
+    return not backends.why_not("cpu", "pair_interpolate")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What is tested here is small: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+needs_kernels = pytest.mark.skipif(not kernels_run_here(), reason="no kernel can run here")
+
+
+# The command line itself
+
+
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["info", "--loudly"], ["bench", "--grid", "14"]], ids=str)
+def test_arguments_that_do_not_parse_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: python -m inti_kernels" in capsys.readouterr().err
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+# info
+
+
+def test_info_is_json_that_says_everything(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert set(facts["environment"]) == set(_environment.VARIABLES)
+    assert facts["devices"][0]["device"] == "cpu"
+    states = facts["backends"]["cpu"]
+    assert set(states["backends"]) == set(backends.BACKENDS)
+    assert set(states["ops"]) == set(ops.OPS)
+    assert states["ops"]["token_features"]["cpu"], "an op without a kernel is not available"
+    assert facts["plain_pytorch"]
+
+
+def test_info_runs_without_any_optional_package_or_command():
+    """And imports no other command, whose packages may be missing too."""
+    code = (
+        "import sys\n"
+        "sys.modules.update({name: None for name in ('rich', 'tqdm', 'matplotlib', 'av', 'transformers')})\n"
+        "from inti_kernels.__main__ import main\n"
+        "status = main(['info'])\n"
+        "assert not [m for m in sys.modules if m.startswith('inti_kernels.cli.') and m.endswith(('demo', 'bench'))]\n"
+        "sys.exit(status)"
+    )
+    result = run(code=code)
+    assert result.returncode == 0, result.stderr
+    for word in ("torch", "pair_interpolate", "INTI_BACKEND", "reference", "frame level"):
+        assert word in result.stdout
+
+
+def test_info_says_why_the_compiled_module_is_missing():
+    result = run("info", INTI_NATIVE_LIBRARY="/nowhere/_native.so")
+    assert result.returncode == 0, result.stderr
+    assert "INTI_NATIVE_LIBRARY" in result.stdout
+    assert "/nowhere/_native.so" in result.stdout.replace("\n", "")
+
+
+# check
+
+
+@pytest.fixture
+def small_check(monkeypatch):
+    """One dtype, one ablation, few options: the rows are the same, only fewer."""
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(check, "ABLATIONS", ({},))
+    monkeypatch.setattr(check, "PREFIXES", (1,))
+    monkeypatch.setattr(check, "CONVOLUTIONS", check.CONVOLUTIONS[:1])
+    monkeypatch.setattr(check, "AUTOCASTS", ())
+    monkeypatch.setattr(check, "SIZES", {"dim": 8, "frames": 4, "grid": (3, 2), "batch": 1})
+
+
+def checked(capsys, *arguments: str):
+    status = main(["check", "--json", *arguments])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@needs_kernels
+def test_check_passes_and_says_which_backend_executed(small_check, capsys):
+    status, report = checked(capsys)
+    assert status == 0
+    assert not report["counts"].get("FAIL")
+    by_what = {}
+    for row in report["rows"]:
+        by_what.setdefault(row["what"], []).append(row)
+    assert set(by_what) == {*ops.OPS, "FusedInTI"}
+    for op in ops.OPS:
+        for row in by_what[op]:
+            covered = "cpu" in backends.HAS_KERNEL[op]
+            assert row["status"] == ("pass" if covered else "not covered")
+            if covered:
+                assert row["backend"] == "cpu"
+    assert {row["case"] for row in by_what["pair_interpolate"]} >= {"gradcheck", "no position"}
+    assert all(row["comparisons"] for row in report["rows"] if row["case"] != "gradcheck")
+    assert {comparison["name"] for comparison in by_what["FusedInTI"][0]["comparisons"]} >= {
+        "out 0",
+        "grad cube.weight",
+    }
+    assert report["environment"]["torch"] == torch.__version__
+
+
+@needs_kernels
+def test_check_prints_a_table(small_check, capsys):
+    assert main(["check", "--backend", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "pair_interpolate" in out
+    assert "not covered" in out
+    assert " 0 FAIL" in out
+
+
+@needs_kernels
+@pytest.mark.parametrize("fault", ["wrong gradient", "raises"])
+def test_check_fails_for_a_broken_kernel(small_check, capsys, monkeypatch, fault):
+    right = ops.pair_interpolate
+
+    def broken(x, *args, **kwargs):
+        if fault == "raises":
+            raise ZeroDivisionError("planted")
+        # The value is right, the gradient of x is 1.05 times what it should be.
+        return right(1.05 * x - 0.05 * x.detach(), *args, **kwargs)
+
+    monkeypatch.setattr(ops, "pair_interpolate", broken)
+    status, report = checked(capsys)
+    assert status == 1
+    failed = [row for row in report["rows"] if row["status"] == "FAIL"]
+    assert {row["what"] for row in failed} >= {"pair_interpolate"}
+    assert all(("planted" if fault == "raises" else "grad x") in row["note"] for row in failed if row["comparisons"])
+    assert "gradcheck" in {row["case"] for row in failed}
+
+
+def test_check_of_the_reference_is_never_a_pass(small_check, capsys):
+    status, report = checked(capsys, "--backend", "reference")
+    assert status == 1
+    assert {row["status"] for row in report["rows"]} == {"not covered"}
+
+
+def test_check_says_why_a_backend_or_device_cannot_run(capsys):
+    result = run("check", "--backend", "cpu", INTI_NATIVE_LIBRARY="/nowhere/_native.so")
+    assert result.returncode == 1
+    assert "backend 'cpu' can't run on cpu" in result.stderr
+    assert "/nowhere/_native.so" in result.stderr
+    assert main(["check", "--device", "toaster"]) == 1
+    assert "must be cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
+def test_check_without_any_kernel_has_rows_that_say_so():
+    result = run("check", "--json", INTI_NATIVE_LIBRARY="/nowhere/_native.so")
+    assert result.returncode == 1
+    rows = json.loads(result.stdout)["rows"]
+    assert {row["status"] for row in rows} == {"not run"}
+    assert all("/nowhere/_native.so" in row["note"] for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_gpu_that_is_not_there_is_an_error(command, capsys):
+    assert main([command, "--device", "cuda"]) == 1
+    captured = capsys.readouterr()
+    assert "finds no CUDA device" in captured.err
+    assert not captured.out
+
+
+# bench
+
+SMALL = ["--dim", "8", "--frames", "4", "--grid", "3x2", "--repeats", "2"]
+
+
+def benchmark(tmp_path, *arguments: str, compiled: bool = False):
+    path = tmp_path / f"bench-{len(list(tmp_path.iterdir()))}.json"
+    status = main(["bench", *SMALL, "--json", str(path), *arguments, *([] if compiled else ["--no-compile"])])
+    return status, json.loads(path.read_text())["rows"]
+
+
+@needs_kernels
+def test_bench_rows_carry_everything(tmp_path, capsys):
+    status, rows = benchmark(tmp_path)
+    assert status == 0
+    assert {row["op"] for row in rows} == {*ops.OPS, "inti"}
+    assert {row["mode"] for row in rows} == {"forward", "backward", "forward+backward"}
+    for row in rows:
+        assert row["torch"] == torch.__version__
+        assert row["device"] == "cpu"
+        assert (row["dim"], row["frames"], row["grid"], row["batch"], row["prefix"]) == (8, 4, [3, 2], 1, 1)
+        assert row["dtype"] == "float32"
+        assert row["threads"] == torch.get_num_threads()
+        covered = row["contender"] != "fused" or row["op"] == "inti" or "cpu" in backends.HAS_KERNEL[row["op"]]
+        assert row["status"] == ("ok" if covered else "not covered")
+        assert (row["ms_50"] is not None) == covered
+        if covered:
+            assert 0 < row["ms_20"] <= row["ms_50"] <= row["ms_80"]
+            assert row["rounds"] == 2
+            if row["contender"] != "floor":
+                assert row["gb_per_s"] == pytest.approx(row["least_bytes"] / row["ms_50"] / 1e6)
+    assert [row for row in rows if row["contender"] == "floor"]
+    assert all((row["over_floor"] is not None) == (row["op"] == "inti") for row in rows)
+    out = capsys.readouterr().out
+    assert "/ floor" in out
+    assert "3×2" in out
+
+
+@needs_kernels
+def test_bench_prints_no_time_of_a_kernel_that_is_wrong(tmp_path, capsys, monkeypatch):
+    right = ops.pair_interpolate
+    monkeypatch.setattr(ops, "pair_interpolate", lambda x, *a, **k: (right(x, *a, **k)[0] * 1.01, right(x, *a, **k)[1]))
+    status, rows = benchmark(tmp_path, "--op", "pair_interpolate")
+    assert status == 1
+    fused = [row for row in rows if row["contender"] == "fused"]
+    assert fused
+    for row in fused:
+        assert row["status"] == "FAIL"
+        assert "out 0" in row["note"]
+        assert row["ms_50"] is row["ms_20"] is row["gb_per_s"] is row["speedup_eager"] is None
+    assert "FAIL" in capsys.readouterr().out
+
+
+@needs_kernels
+def test_bench_of_autocast_and_of_16_bit_tensors(tmp_path):
+    _, rows = benchmark(tmp_path, "--dtype", "bfloat16", "--op", "inti")
+    assert all(row["autocast"] and row["status"] == "ok" for row in rows)
+    _, rows = benchmark(tmp_path, "--dtype", "bfloat16", "--op", "depthwise_conv3d")
+    assert not any(row["autocast"] for row in rows)
+    assert all(row["status"] == "ok" for row in rows)
+
+
+def test_bench_goes_on_without_torch_compile(tmp_path, monkeypatch):
+    def fails(function):
+        raise_later = RuntimeError("no compiler\nand a long log")
+
+        def call(*args, **kwargs):
+            raise raise_later
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    status, rows = benchmark(tmp_path, "--op", "pair_interpolate", compiled=True)
+    assert status == 0
+    compiled = [row for row in rows if row["contender"] == "compile"]
+    assert {row["status"] for row in compiled} == {"not run"}
+    assert all("no compiler" in row["note"] and "long log" not in row["note"] for row in compiled)
+
+
+def test_bench_times_what_torch_compile_returns(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    _, rows = benchmark(tmp_path, "--op", "depthwise_conv3d", compiled=True)
+    compiled = [row for row in rows if row["contender"] == "compile"]
+    assert len(compiled) == 3
+    assert all(row["ms_50"] and row["compile_seconds"] is not None for row in compiled)
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_bench_never_overwrites(tmp_path, capsys, option):
+    path = tmp_path / "there.png"
+    path.write_text("precious")
+    assert main(["bench", *SMALL, option, str(path)]) == 1
+    assert "exists and is not overwritten" in capsys.readouterr().err
+    assert path.read_text() == "precious"
+    assert main(["bench", *SMALL, option, str(tmp_path / "nowhere" / "file")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "3"], "--frames must be even"),
+        (["--dim", "7"], "--dim must be even"),
+        (["--prefix", "-1"], "prefix"),
+    ],
+    ids=str,
+)
+def test_bench_checks_its_sizes(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@needs_kernels
+def test_bench_draws_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    benchmark(tmp_path, "--op", "inti", "--plot", str(tmp_path / "bars.png"))
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_least_multiply_accumulates_by_counting():
+    from inti_kernels.benchmarks import Sizes, depthwise_conv3d, inti
+
+    sizes = Sizes(dim=4, frames=6, grid=(3, 5), batch=2, prefix=1)
+    inside = 0
+    for t, h, w in itertools.product(range(0, 6, 2), range(3), range(5)):
+        for dt, dh, dw in itertools.product((-1, 0, 1), repeat=3):
+            inside += 0 <= t + dt < 6 and 0 <= h + dh < 3 and 0 <= w + dw < 5
+    assert depthwise_conv3d.forward_macs(sizes) == 2 * 4 * inside
+    # PAPER.md: the token-wise linears cost 3·C² a token pair, and the rest of InTI little beside them.
+    big = Sizes()
+    assert 1 < inti.forward_macs(big) / (3 * big.dim**2 * big.pairs) < 1.03
+
+
+def test_the_floor_is_the_products_of_the_design():
+    from inti_kernels.benchmarks import Sizes
+    from inti_kernels.benchmarks.floor import Floor
+
+    sizes = Sizes(dim=4, frames=2, grid=(2, 2), batch=3)
+    floor = Floor(sizes, torch.float32, torch.device("cpu"))
+    assert [tuple(t.shape) for t in floor.forward()] == [(30, 2), (15, 4)]
+    assert [tuple(t.shape) for t in floor.backward()] == [(30, 4), (2, 4), (15, 8), (4, 8)]
+
+
+def test_contenders_take_turns():
+    order = []
+
+    def contender(name):
+        return _timing.Contender(lambda: order.append(name), lambda _: None)
+
+    seconds = _timing.interleave({n: contender(n) for n in "abc"}, 4, torch.device("cpu"), lambda _: None)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == ["abc", "bca", "cab"] * 2 + ["abc"]
+    assert {name: len(steps) for name, steps in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    modes = _timing.by_mode([(1.0, 2.0), (3.0, 4.0)])
+    assert modes == {"forward": [1.0, 3.0], "backward": [2.0, 4.0], "forward+backward": [3.0, 7.0]}
+
+
+def test_quantiles():
+    assert _timing.quantiles([3.0]) == (3.0, 3.0, 3.0)
+    assert _timing.quantiles([float(n) for n in range(11)]) == pytest.approx((2, 5, 8))
+
+
+def test_kept_for_backward_counts_storages_once_and_no_leaves():
+    x = torch.randn(100, requires_grad=True)
+    y = torch.randn(100, requires_grad=True)
+
+    def forward():
+        product = x * y  # keeps x and y, which were there before
+        return product.exp() * product  # keeps exp's result, twice, and the product
+
+    assert _timing.kept_for_backward(forward, [x, y]) == 2 * 400
+
+
+def test_tables_without_rich(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    _tables.print_table("Title", ("name", "figure"), [("a", "1"), ("long name", "22")], right=("figure",))
+    assert capsys.readouterr().out.splitlines() == [
+        "Title",
+        "  name       figure",
+        "  ---------  ------",
+        "  a               1",
+        "  long name      22",
+    ]
+    _tables.print_table("Pairs", (), [("a", "b")])
+    assert capsys.readouterr().out == "Pairs\n  a  b\n"
+
+
+def test_byte_counts_for_people():
+    figures = [_tables.kibibytes(count) for count in (None, 0, 1023, 1536, 5 << 20, 3 << 30)]
+    assert figures == ["", "0 B", "1023 B", "1.5 KiB", "5.0 MiB", "3.0 GiB"]
