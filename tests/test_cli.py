@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import torch
 
 from inti_kernels import backends, ops
 from inti_kernels.__main__ import COMMANDS, main
-from inti_kernels.cli import _environment, _tables, _timing, check
+from inti_kernels.cli import _environment, _stopwatch, _tables, _timing, check
 
 
 def run(*arguments: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -279,12 +280,32 @@ def test_bench_goes_on_without_torch_compile(tmp_path, monkeypatch):
     assert all("no compiler" in row["note"] and "long log" not in row["note"] for row in compiled)
 
 
-def test_bench_times_what_torch_compile_returns(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    _, rows = benchmark(tmp_path, "--op", "depthwise_conv3d", compiled=True)
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_bench_times_torch_compile(tmp_path):
+    _, rows = benchmark(tmp_path, "--op", "pair_interpolate", compiled=True)
     compiled = [row for row in rows if row["contender"] == "compile"]
     assert len(compiled) == 3
-    assert all(row["ms_50"] and row["compile_seconds"] is not None for row in compiled)
+    assert all(row["ms_50"] and row["compile_seconds"] > 0 and row["share_of_bound"] < 16 for row in compiled)
+
+
+def test_bench_says_when_the_process_that_times_dies(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_stopwatch.sys, "executable", shutil.which("false"))
+    assert main(["bench", *SMALL, "--no-compile", "--op", "pair_interpolate"]) == 1
+    assert "ended with status 1" in capsys.readouterr().err
+
+
+def test_a_kept_heap_reaches_the_process_that_times(tmp_path, monkeypatch):
+    seen = {}
+
+    class Spy(subprocess.Popen):
+        def __init__(self, *args, env, **kwargs):
+            seen.update(env)
+            super().__init__(*args, env=env, **kwargs)
+
+    monkeypatch.setattr(_stopwatch.subprocess, "Popen", Spy)
+    _, rows = benchmark(tmp_path, "--op", "pair_interpolate", "--heap", "kept")
+    assert seen.keys() >= _stopwatch.KEPT_HEAP.keys()
+    assert {row["heap"] for row in rows} == {"kept"}
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
@@ -353,7 +374,7 @@ def test_contenders_take_turns():
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert rounds == ["abc", "bca", "cab"] * 2 + ["abc"]
     assert {name: len(steps) for name, steps in seconds.items()} == {"a": 4, "b": 4, "c": 4}
-    modes = _timing.by_mode([(1.0, 2.0), (3.0, 4.0)])
+    modes = _timing.by_mode([_timing.Step(1.0, 2.0, 0), _timing.Step(3.0, 4.0, 5)])
     assert modes == {"forward": [1.0, 3.0], "backward": [2.0, 4.0], "forward+backward": [3.0, 7.0]}
 
 

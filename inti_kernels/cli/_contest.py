@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import testing
 from ._coverage import watch
-from ._timing import (
-    WARM_UP,
-    Contender,
-    autograd_contender,
-    by_mode,
-    interleave,
-    kept_for_backward,
-    peak_bytes,
-    quantiles,
-)
+from ._stopwatch import COMPILE, EAGER, FLOOR, FUSED, Measured, Task, measure
+from ._timing import WARM_UP, autograd_contender, by_mode, quantiles
 
 if TYPE_CHECKING:
-    from ..benchmarks.floor import Floor
     from ..benchmarks.workload import Outputs, Workload
 
-EAGER, COMPILE, FUSED, FLOOR = "eager", "compile", "fused", "floor"
 # Random upstream gradients that a workload is compared over before it is timed. Gradients of a few numbers (σ's has
 # one) need more than is bearable at full size; these are compared over as many as it takes on a small clip.
 DRAWS = 3
@@ -47,51 +38,37 @@ class Entry:
     compile_seconds: float | None = None
 
 
-def steps(repeats: int, compiled: bool, floor: bool) -> int:
-    """How often `contest` calls its ``tick``."""
-    contenders = 2 + compiled + floor
-    return contenders * (WARM_UP + repeats) + 2 + compiled
+def ticks(task: Task) -> int:
+    """How often `contest` calls its ``tick``, if all contenders pass."""
+    return len(task.contenders) * (WARM_UP + task.repeats) + 2 + (COMPILE in task.contenders)
 
 
 def contest(
-    workload: Workload,
-    small: Workload,
-    floor: Floor | None,
-    *,
-    repeats: int,
-    compiled: bool,
-    device: torch.device,
-    tick: Callable[[str], None],
+    workload: Workload, small: Workload, task: Task, *, kept_heap: bool, tick: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Verifies and times the contenders of a workload.
+    """Verifies the contenders of a workload, and times those that pass.
 
     Args:
         workload: what to compute.
         small: the same on a clip of a few tokens, where the gradients of a few numbers are compared.
-        floor: timed in the same rounds, if given.
-        repeats: timed rounds.
-        compiled: whether torch.compile of the reference takes part.
-        device: where the tensors are.
+        task: what to time, with all contenders.
+        kept_heap: as in `measure`.
         tick: told what is done before each step.
 
     Returns:
         Rows of plain data, for every contender and mode; figures of time are None where nothing was timed.
     """
     entries = {EAGER: Entry(workload.bind(workload.reference))}
-    if compiled:
+    if COMPILE in task.contenders:
         tick(f"{workload.name}: torch.compile")
         entries[COMPILE] = _compile(workload)
     entries[FUSED] = Entry(workload.bind(workload.fused))
     _verify(workload, small, entries, tick)
-
-    leaves = list(workload.leaves.values())
-    contenders = {name: autograd_contender(e.run, leaves) for name, e in entries.items() if e.status == "ok"}
-    if floor is not None:
-        entries[FLOOR] = Entry(floor.forward)
-        contenders[FLOOR] = Contender(floor.forward, lambda _: floor.backward())
-    seconds = interleave(contenders, repeats, device, lambda name: tick(f"{workload.name}: {name}"))
-    memory = {name: _memory(name, contender, leaves, device) for name, contender in contenders.items()}
-    return _rows(workload, entries, {name: by_mode(steps) for name, steps in seconds.items()}, memory)
+    if FLOOR in task.contenders:
+        entries[FLOOR] = Entry(entries[EAGER].run)
+    passed = tuple(name for name, entry in entries.items() if entry.status == "ok")
+    measured = measure(replace(task, contenders=passed), lambda name: tick(f"{workload.name}: {name}"), kept_heap)
+    return _rows(workload, entries, measured)
 
 
 def _compile(workload: Workload) -> Entry:
@@ -153,38 +130,27 @@ def _compared(workload: Workload, *runs: list[testing.Rows]) -> list[testing.Com
     return testing.compare_runs(list(zip(*runs, strict=True)), dtype)
 
 
-def _memory(
-    name: str, contender: Contender, leaves: list[torch.Tensor], device: torch.device
-) -> tuple[int | None, int | None]:
-    """Bytes kept for the backward, where autograd keeps them, and the peak."""
-    kept = kept_for_backward(contender.forward, leaves) if name in (EAGER, FUSED) else None
-    return kept, peak_bytes(contender, device)
-
-
-def _rows(
-    workload: Workload,
-    entries: dict[str, Entry],
-    seconds: dict[str, dict[str, list[float]]],
-    memory: dict[str, tuple[int | None, int | None]],
-) -> list[dict[str, Any]]:
+def _rows(workload: Workload, entries: Mapping[str, Entry], measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
     with torch.no_grad():
         work = workload.work(entries[EAGER].run())
     rows = []
     for mode, least in work.items():
-        medians = {name: quantiles(modes[mode])[1] for name, modes in seconds.items()}
+        seconds = {name: by_mode(found.steps)[mode] for name, found in measured.items()}
+        medians = {name: quantiles(values)[1] for name, values in seconds.items()}
         best = min(medians[name] for name in (EAGER, COMPILE) if name in medians)
         for name, entry in entries.items():
             row: dict[str, Any] = {"op": workload.name, "mode": mode, "contender": name, "executed": entry.executed}
             row |= {"status": entry.status, "note": entry.note, "share_of_bound": entry.used}
             row |= {"autocast": workload.autocast, "compile_seconds": entry.compile_seconds}
             row |= {"least_bytes": least.bytes, "least_macs": least.macs}
-            row |= dict.fromkeys(("ms_20", "ms_50", "ms_80", "gb_per_s", "gflop_per_s", "speedup_eager"))
-            row |= dict.fromkeys(("speedup_best", "over_floor", "kept_bytes", "peak_bytes", "rounds"))
-            if name in seconds:
-                median = medians[name]
-                row |= zip(("ms_20", "ms_50", "ms_80"), (1e3 * q for q in quantiles(seconds[name][mode])), strict=True)
-                row |= {"rounds": len(seconds[name][mode]), "speedup_eager": medians[EAGER] / median}
-                row |= {"speedup_best": best / median, "kept_bytes": memory[name][0], "peak_bytes": memory[name][1]}
+            row |= dict.fromkeys(("ms_20", "ms_50", "ms_80", "gb_per_s", "gflop_per_s", "speedup_eager", "rounds"))
+            row |= dict.fromkeys(("speedup_best", "over_floor", "kept_bytes", "peak_bytes", "page_faults"))
+            if name in measured:
+                found, median = measured[name], medians[name]
+                row |= zip(("ms_20", "ms_50", "ms_80"), (1e3 * q for q in quantiles(seconds[name])), strict=True)
+                row |= {"rounds": len(found.steps), "kept_bytes": found.kept_bytes, "peak_bytes": found.peak_bytes}
+                row |= {"page_faults": statistics.median_low(step.page_faults for step in found.steps)}
+                row |= {"speedup_eager": medians[EAGER] / median, "speedup_best": best / median}
                 if name != FLOOR:  # its work is another
                     row |= {"gb_per_s": least.bytes / median / 1e9, "gflop_per_s": 2 * least.macs / median / 1e9}
                 if FLOOR in medians:

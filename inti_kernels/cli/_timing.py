@@ -7,10 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 WARM_UP = 3
 
@@ -40,8 +45,26 @@ def autograd_contender(forward: Callable[[], Any], leaves: Sequence[Tensor], see
     return Contender(forward, backward)
 
 
-def step_seconds(contender: Contender, device: torch.device) -> tuple[float, float]:
-    """Seconds of one forward and of the backward that follows it."""
+class Step(NamedTuple):
+    """One forward and the backward that followed it."""
+
+    forward: float  # seconds
+    backward: float
+    page_faults: int  # of both, on the CPU: pages that the system had to hand out anew
+
+
+def timed_step(contender: Contender, device: torch.device) -> Step:
+    """Times one step."""
+    before = _page_faults()
+    forward, backward = _step_seconds(contender, device)
+    return Step(forward, backward, _page_faults() - before)
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
+
+
+def _step_seconds(contender: Contender, device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         torch.cuda.synchronize(device)
@@ -65,7 +88,7 @@ def step_seconds(contender: Contender, device: torch.device) -> tuple[float, flo
 
 def interleave(
     contenders: Mapping[str, Contender], repeats: int, device: torch.device, tick: Callable[[str], None]
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, list[Step]]:
     """Times all contenders in turn, ``repeats`` rounds, each round starting with another.
 
     Args:
@@ -75,9 +98,9 @@ def interleave(
         tick: called with the contender's name before each of its ``WARM_UP + repeats`` steps.
 
     Returns:
-        Name → (forward, backward) seconds of every round.
+        Name → the step of every round.
     """
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    rounds: dict[str, list[Step]] = {name: [] for name in contenders}
     names = list(contenders)
     was_enabled = gc.isenabled()
     gc.collect()
@@ -87,21 +110,21 @@ def interleave(
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 tick(name)
-                step = step_seconds(contenders[name], device)
+                step = timed_step(contenders[name], device)
                 if number >= WARM_UP:
-                    seconds[name].append(step)
+                    rounds[name].append(step)
     finally:
         if was_enabled:
             gc.enable()
-    return seconds
+    return rounds
 
 
-def by_mode(steps: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
+def by_mode(steps: Sequence[Step]) -> dict[str, list[float]]:
     """Seconds of forward, backward and both, step by step."""
     return {
-        "forward": [forward for forward, _ in steps],
-        "backward": [backward for _, backward in steps],
-        "forward+backward": [forward + backward for forward, backward in steps],
+        "forward": [step.forward for step in steps],
+        "backward": [step.backward for step in steps],
+        "forward+backward": [step.forward + step.backward for step in steps],
     }
 
 

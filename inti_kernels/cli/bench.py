@@ -13,14 +13,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import backends
 from . import _environment
-from ._contest import EAGER, FUSED, contest, steps
+from ._contest import contest, ticks
+from ._stopwatch import COMPILE, EAGER, FLOOR, FUSED, Task, TimingFailed
 from ._tables import Progress, kibibytes, print_table
+
+if TYPE_CHECKING:
+    from ..benchmarks import Sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # benchmarks/__init__.py has the same list; this one is here so that --help needs no benchmark.
@@ -46,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="torch's threads (default: as torch starts)")
     parser.add_argument("--repeats", type=_positive, default=20, metavar="N", help="timed rounds (default: 20)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--heap",
+        choices=("system", "kept"),
+        default="system",
+        help="kept tells glibc to give no memory back to the system between steps (default: system, as it comes)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to a new file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the medians into a new file, such as bench.png")
     parser.epilog = "Exit status: 0; 1 if a kernel failed its comparison or what was asked for can't be done."
@@ -54,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verifies and times; returns the exit status."""
     from ..benchmarks import Sizes, load
-    from ..benchmarks.floor import Floor
 
     try:
         device = _prepare(args)
@@ -65,21 +74,18 @@ def run(args: argparse.Namespace) -> int:
     few_tokens = replace(sizes, frames=min(sizes.frames, 4), grid=(3, 3), batch=1)
     dtype = DTYPES[args.dtype]
     names = OPS if args.op == "all" else (args.op,)
-    facts = {**_environment.summary(device), "dtype": args.dtype, **vars(sizes)}
+    facts = {**_environment.summary(device), "heap": args.heap, "dtype": args.dtype, **vars(sizes)}
+    tasks = [_task(name, sizes, args) for name in names]
     rows: list[dict[str, Any]] = []
-    total = sum(steps(args.repeats, not args.no_compile, name == "inti") for name in names)
-    with Progress(total) as progress:
-        for name in names:
-            rows += contest(
-                load(name, sizes, dtype, device, args.backend),
-                load(name, few_tokens, dtype, device, args.backend),
-                Floor(sizes, dtype, device) if name == "inti" else None,
-                repeats=args.repeats,
-                compiled=not args.no_compile,
-                device=device,
-                tick=progress.step,
-            )
-    rows = [{**facts, **row} for row in rows]
+    with Progress(sum(map(ticks, tasks))) as progress:
+        for task in tasks:
+            workload, small = (load(task.workload, s, dtype, device, args.backend) for s in (sizes, few_tokens))
+            try:
+                found = contest(workload, small, task, kept_heap=args.heap == "kept", tick=progress.step)
+            except TimingFailed as error:
+                print(error, file=sys.stderr)
+                return 1
+            rows += [{**facts, **row} for row in found]
     title = _title(facts)
     for name in names:
         _print(f"{name}, {title}", [row for row in rows if row["op"] == name])
@@ -91,6 +97,20 @@ def run(args: argparse.Namespace) -> int:
 
         plot(rows, args.plot, title)
     return int(any(row["status"] == "FAIL" and row["contender"] == FUSED for row in rows))
+
+
+def _task(name: str, sizes: Sizes, args: argparse.Namespace) -> Task:
+    contenders = (EAGER, *(() if args.no_compile else (COMPILE,)), FUSED, *((FLOOR,) if name == "inti" else ()))
+    return Task(
+        workload=name,
+        sizes=vars(sizes),
+        dtype=args.dtype,
+        device=args.device,
+        backend=args.backend,
+        contenders=contenders,
+        repeats=args.repeats,
+        threads=torch.get_num_threads(),
+    )
 
 
 def _prepare(args: argparse.Namespace) -> torch.device:
@@ -118,7 +138,8 @@ def _prepare(args: argparse.Namespace) -> torch.device:
 
 def _title(facts: dict[str, Any]) -> str:
     grid = "×".join(map(str, facts["grid"]))
-    where = f"{facts['device_name']}" + (f", {facts['threads']} threads" if "threads" in facts else "")
+    where = facts["device_name"] + (f", {facts['threads']} threads" if "threads" in facts else "")
+    where += ", kept heap" if facts["heap"] == "kept" else ""
     return (
         f"{facts['dtype']}, x [{facts['batch']}, {facts['frames']}, {facts['prefix']} + {grid}, {facts['dim']}], "
         f"{where}, torch {facts['torch']}"
@@ -127,13 +148,14 @@ def _title(facts: dict[str, Any]) -> str:
 
 def _print(title: str, rows: Sequence[dict[str, Any]]) -> None:
     columns = ["mode", "contender", "ms 20 %", "50 %", "80 %", "GB/s", "GFLOP/s", "× eager", "× best", "/ floor"]
-    columns += ["kept", "peak", "of bound", "status"]
+    columns += ["kept", "peak", "faults", "of bound", "status"]
     formats = {"ms_20": ".3f", "ms_50": ".3f", "ms_80": ".3f", "gb_per_s": ".1f", "gflop_per_s": ".1f"}
     formats |= {"speedup_eager": ".2f", "speedup_best": ".2f", "over_floor": ".2f"}
     cells, notes = [], {}
     for row in rows:
         figures = ["" if row[key] is None else format(row[key], form) for key, form in formats.items()]
         memory = [kibibytes(row["kept_bytes"]), kibibytes(row["peak_bytes"])]
+        memory.append("" if row["page_faults"] is None else str(row["page_faults"]))
         share = "" if row["share_of_bound"] is None else f"{row['share_of_bound']:.0%}"
         mode = {"forward+backward": "both"}.get(row["mode"], row["mode"]) if row["contender"] == EAGER else ""
         name = row["contender"] if row["executed"] == "torch" else f"{row['contender']} ({row['executed']})"
