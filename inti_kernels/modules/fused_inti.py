@@ -6,10 +6,11 @@ import warnings
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, ops
-from ..reference import InTI
+from ..reference import InTI, functional
 
 # Parts of the module that are plain PyTorch in every backend, and why.
 PLAIN_PARTS = {
@@ -85,9 +86,19 @@ class FusedInTI(InTI):
         )
 
     def _token_features(self, x: Tensor) -> Tensor:
-        frames = self.token(x)  # [B, T, N, C/2]
+        if backends.requested(self.backend) == "reference":
+            return super()._token_features(x)
+        norm = self.token.norm
+        normed = F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+        frames = F.gelu(_linear(normed, self.token.linear.weight, self.token.linear.bias))  # [B, T, N, C/2]
         # One copy there and one back: the gradients of two slices, concatenated, would be two tensors full of zeros.
         return frames.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+
+    def _hidden(self, features: Tensor, cube: Tensor | None, frame_context: Tensor | None) -> Tensor:
+        if backends.requested(self.backend) == "reference":
+            return super()._hidden(features, cube, frame_context)
+        inputs = functional.head_inputs(features, cube, frame_context)
+        return F.gelu(_linear(inputs, self.head.linear1.weight, self.head.linear1.bias))
 
     def _interpolate(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         # Autocast on CUDA, unlike that on the CPU, runs InTI's softmax in float32.
@@ -174,6 +185,21 @@ def _become(module: nn.Module, cls: type[M], backend: str | None) -> M:
     if cls is FusedInTI:
         new.backend = backend
     return new
+
+
+# MKL, which torch.mm calls in float32, makes no use of AVX-512 on AMD's processors; oneDNN, which convolutions call,
+# does, and a 1×1 convolution over channels-last pixels is the same product without a copy. Measured on an EPYC (Zen 5)
+# at [1576, 1536]·[1536, 768]: 391 GFLOP/s instead of 186 forward, 395 instead of 182 and 326 instead of 180 backward.
+_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """torch.nn.functional.linear by the faster of torch's own two products."""
+    if not _ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or _autocast_dtype(x) or not x.numel():
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, C, 1, tokens], channels last
+    y = F.conv2d(pixels, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:

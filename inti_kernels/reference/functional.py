@@ -160,27 +160,38 @@ def token_features(
     return torch.cat((frames[:, 0::2], frames[:, 1::2]), dim=-1)
 
 
-def head_hidden(
-    features: Tensor, cube: Tensor | None, frame_context: Tensor | None, weight1: Tensor, bias1: Tensor
-) -> Tensor:
-    """GELU(Linear(D [+ C], h)([features ; cube + frame_context])), the context being Eq. 13.
+def head_inputs(features: Tensor, cube: Tensor | None, frame_context: Tensor | None) -> Tensor:
+    """[features ; cube + frame_context], the context being Eq. 13.
 
     Args:
         features: [B, T/2, N, D].
         cube: F_cube [B, T/2, N, C] or None.
         frame_context: F_frame + F_global [B, T/2, C] or None.
-        weight1, bias1: [h, D + C] ([h, D] with neither cube nor frame_context) and [h].
 
     Returns:
-        [B, T/2, N, h].
+        [B, T/2, N, D + C]; features alone with neither cube nor frame_context.
     """
     if frame_context is not None:
         frame_context = frame_context[:, :, None]  # [B, T/2, 1, C]
         context = frame_context.expand(*features.shape[:-1], -1) if cube is None else cube + frame_context
     else:
         context = cube
-    inputs = features if context is None else torch.cat((features, context), dim=-1)
-    return F.gelu(F.linear(inputs, weight1, bias1))
+    return features if context is None else torch.cat((features, context), dim=-1)
+
+
+def head_hidden(
+    features: Tensor, cube: Tensor | None, frame_context: Tensor | None, weight1: Tensor, bias1: Tensor
+) -> Tensor:
+    """GELU(Linear(D [+ C], h)([features ; cube + frame_context])).
+
+    Args:
+        features, cube, frame_context: as :func:`head_inputs`.
+        weight1, bias1: [h, D + C] ([h, D] with neither cube nor frame_context) and [h].
+
+    Returns:
+        [B, T/2, N, h].
+    """
+    return F.gelu(F.linear(head_inputs(features, cube, frame_context), weight1, bias1))
 
 
 def interpolation_head(
