@@ -198,8 +198,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not _ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or _autocast_dtype(x) or not x.numel():
         return F.linear(x, weight, bias)
     pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, C, 1, tokens], channels last
-    y = F.conv2d(pixels, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    y = F.conv2d(pixels, weight[:, :, None, None])
+    # The bias apart: oneDNN's gradient of it is one long float32 sum, and misses the bounds.
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1) + bias
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
