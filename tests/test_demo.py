@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib", reason="needs inti_kernels[demo]")
 from inti_kernels import FusedInTI, InTI, fuse  # noqa: E402
 from inti_kernels.__main__ import main  # noqa: E402
 from inti_kernels.cli import _clip, _measure, _picture, _video, demo  # noqa: E402
+from inti_kernels.cli._kept import kept_for_backward  # noqa: E402
 
 # Frame i of the synthetic clip is grey of this brightness, with a white square that moves.
 FRAMES = 40
@@ -223,19 +224,12 @@ class TestMeasure:
 
         model = nn.Sequential(nn.Linear(8, 4), Square())
         x = torch.randn(3, 8, requires_grad=True)
-        with _measure.kept_for_backward(model, inside=[model[1]]) as kept:
+        with kept_for_backward(model.parameters(), inside=[model[1]]) as kept:
             y = model(x)
         assert sorted(kept.everywhere.values()) == [4 * 3 * 4, 4 * 3 * 8]  # the square's input once, the linear's
         assert list(kept.inside.values()) == [4 * 3 * 4]
         assert y.requires_grad
         assert not model[1]._forward_hooks
-
-    def test_interleaving_rotates(self) -> None:
-        order: list[str] = []
-        runs = {name: lambda name=name: order.append(name) for name in "abc"}
-        seconds = _measure.interleaved(runs, 3, lambda _: None)
-        assert "".join(order) == "abcbcacab"
-        assert all(len(times) == 3 for times in seconds.values())
 
 
 class TestPicture:

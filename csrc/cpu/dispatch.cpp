@@ -31,8 +31,7 @@ std::vector<Isa> supported() {
   std::vector<Isa> isas{{"baseline", &baseline::kernels}};
 #if INTI_HAVE_AVX2
   // clang can't ask for F16C; every processor with AVX2 has it.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    isas.push_back({"avx2", &avx2::kernels});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back({"avx2", &avx2::kernels});
 #endif
 #if INTI_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -1,62 +1,16 @@
-"""What the demo measures of a tower: agreement, multiply-accumulates, bytes kept for the backward, latency."""
+"""What the demo measures of a tower: agreement and multiply-accumulates."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ._clip import VideoTower
-
-
-@dataclass
-class Kept:
-    """Storages that a forward keeps for its backward, by address: all of them, and those kept inside given modules."""
-
-    everywhere: dict[int, int] = field(default_factory=dict)
-    inside: dict[int, int] = field(default_factory=dict)
-
-
-@contextmanager
-def kept_for_backward(model: nn.Module, inside: Iterable[nn.Module] = ()) -> Iterator[Kept]:
-    """Record the storages saved for the backward while the context is open, each once, parameters left out.
-
-    Read the result while the forward's output is alive: a freed storage's address may be given out again.
-    """
-    kept = Kept()
-    parameters = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    depth = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept.everywhere[storage._cdata] = storage.nbytes()
-            if depth:
-                kept.inside[storage._cdata] = storage.nbytes()
-        return tensor
-
-    def enter(*_: object) -> None:
-        nonlocal depth
-        depth += 1
-
-    def leave(*_: object) -> None:
-        nonlocal depth
-        depth -= 1
-
-    hooks = [hook for m in inside for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def count_macs(model: nn.Module, *inputs: Tensor) -> int:
@@ -78,20 +32,6 @@ def _depthwise_conv3d_flops(x: torch.Size, weight: torch.Size, *arguments: objec
     """As PyTorch counts a convolution: every tap at every output, those on the padding too."""
     height, width = arguments[2]
     return 2 * out_shape[0] * out_shape[1] * height * width * math.prod(weight)
-
-
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, step: Callable[[str], None]) -> dict[str, list]:
-    """Seconds of every run in each of `rounds` rounds; a round starts with another contender than the last."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            step(f"latency of {name}")
-            start = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ._timing import Contender, Step, autograd_contender, interleave, kept_for_backward, peak_bytes
+from ._kept import kept_for_backward
+from ._timing import Contender, Step, autograd_contender, interleave, peak_bytes
 
 EAGER, COMPILE, FUSED, FLOOR = "eager", "compile", "fused", "floor"
 # glibc then keeps what it has got, as the allocators do that PyTorch's tuning guide recommends.
@@ -85,9 +86,17 @@ def main() -> None:
     rounds = interleave(contenders, task.repeats, device, lambda name: print("tick", name, flush=True))
     found = {}
     for name, contender in contenders.items():
-        kept = kept_for_backward(contender.forward, leaves) if name in (EAGER, FUSED) else None
+        kept = _kept_bytes(contender, leaves) if name in (EAGER, FUSED) else None
         found[name] = {"steps": rounds[name], "bytes": (kept, peak_bytes(contender, device))}
     print(json.dumps(found))
+
+
+def _kept_bytes(contender: Contender, leaves: list[torch.Tensor]) -> int:
+    with kept_for_backward(leaves) as kept:
+        outputs = contender.forward()
+    total = sum(kept.everywhere.values())
+    del outputs
+    return total
 
 
 def _contenders(task: Task, device: torch.device) -> tuple[dict[str, Contender], list[torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""How `bench` measures: contenders in turn, forward and backward of one step, quantiles."""
+"""How `bench` and `demo` measure: contenders in turn, forward and backward of one step, quantiles."""
 
 from __future__ import annotations
 
@@ -87,15 +87,20 @@ def _step_seconds(contender: Contender, device: torch.device) -> tuple[float, fl
 
 
 def interleave(
-    contenders: Mapping[str, Contender], repeats: int, device: torch.device, tick: Callable[[str], None]
+    contenders: Mapping[str, Contender],
+    repeats: int,
+    device: torch.device,
+    tick: Callable[[str], None],
+    warm_up: int = WARM_UP,
 ) -> dict[str, list[Step]]:
     """Times all contenders in turn, ``repeats`` rounds, each round starting with another.
 
     Args:
         contenders: by name.
-        repeats: rounds, after a few that warm up.
+        repeats: rounds that are timed.
         device: what the clock is read on.
-        tick: called with the contender's name before each of its ``WARM_UP + repeats`` steps.
+        tick: called with the contender's name before each of its ``warm_up + repeats`` steps.
+        warm_up: rounds before them.
 
     Returns:
         Name → the step of every round.
@@ -106,12 +111,12 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        for number in range(WARM_UP + repeats):
+        for number in range(warm_up + repeats):
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 tick(name)
                 step = timed_step(contenders[name], device)
-                if number >= WARM_UP:
+                if number >= warm_up:
                     rounds[name].append(step)
     finally:
         if was_enabled:
@@ -134,24 +139,6 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
         return (seconds[0],) * 3
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     return deciles[1], deciles[4], deciles[7]
-
-
-def kept_for_backward(forward: Callable[[], Any], leaves: Sequence[Tensor]) -> int:
-    """Bytes that a forward keeps for its backward: every saved storage once, the leaves' own left out."""
-    own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = forward()
-    total = sum(kept.values())
-    del outputs  # not before: a freed storage's address may be given out again
-    return total
 
 
 def peak_bytes(contender: Contender, device: torch.device) -> int | None:

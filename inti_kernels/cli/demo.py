@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from .. import InTI, backends, fuse
 from ..testing import randomize
-from . import _environment, _measure, _picture, _report, _tables, _video
+from . import _environment, _measure, _picture, _report, _tables, _timing, _video
 from ._clip import MODELS, Model, VideoTower, build_clip
+from ._kept import kept_for_backward
 
 FRAMES = 16
 # High enough to halve the error within the steps, low enough that the softmax doesn't saturate on the way.
@@ -249,9 +250,14 @@ def _measure_ways(demo: Demo, progress: _tables.Progress) -> dict[str, dict[str,
         return call
 
     before = backends.executed.copy()
-    seconds = _measure.interleaved({way: inference(way) for way in ways}, LATENCY_ROUNDS, progress.step)
+    contenders = {way: _timing.Contender(inference(way), lambda _: None) for way in ways}
+    cpu = torch.device("cpu")
+    seconds = _timing.interleave(
+        contenders, LATENCY_ROUNDS, cpu, lambda way: progress.step(f"latency of {way}"), warm_up=0
+    )
     executed = backends.executed - before
-    for way, times in seconds.items():
+    for way, rounds in seconds.items():
+        times = [step.forward for step in rounds]
         ways[way] |= {"inference_seconds": times, "inference_median_seconds": statistics.median(times)}
         progress.step(f"a training step of {way}")
         ways[way] |= _training_step(demo.towers[way], demo.video, demo.targets[0])
@@ -263,7 +269,7 @@ def _training_step(tower: VideoTower, video: Tensor, target: Tensor) -> dict[str
     """Forward and backward with every parameter of the tower trainable, as in the paper's fine-tuning."""
     tower.clip.requires_grad_(True)
     began = time.perf_counter()
-    with _measure.kept_for_backward(tower, inside=tower.compressions.values()) as kept:
+    with kept_for_backward([*tower.parameters(), *tower.buffers()], inside=tower.compressions.values()) as kept:
         loss = (tower(video) - target).square().sum()
     loss.backward()
     seconds = time.perf_counter() - began
