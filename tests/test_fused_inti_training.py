@@ -25,6 +25,12 @@ BOTH_OPS = {("depthwise_conv3d", "cpu"), ("pair_interpolate", "cpu")}
 
 
 @pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """PyTorch counts a function's recompilations over the whole process, and gives up at 8."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
 def _one_thread():
     """These tensors are tiny: threads cost more than they give."""
     threads = torch.get_num_threads()
