@@ -41,19 +41,28 @@ MUTANTS = {
     "pair_interpolate": _mutants(
         "csrc/cpu/pair_interpolate.cpp",
         ("the second frame is the first", "const T* x1 = x0 + p.x_strides.frame;", "const T* x1 = x0;"),
-        ("the weights are swapped", "first(1 / (1 + std::exp(logits[1] - logits[0])))", "first(1 / (1 + std::exp(logits[0] - logits[1])))"),
-        ("small weights lose their digits", "second(1 / (1 + std::exp(logits[0] - logits[1])))", "second(1 - first)"),
+        ("the weights are swapped", "first = e0 / (e0 + e1);", "first = e1 / (e0 + e1);"),
+        ("small weights lose their digits", "second = e1 / (e0 + e1);", "second = 1 - first;"),
         ("a chunk ends a token early", "begin + 32 < shape.tokens ? begin + 32 : shape.tokens", "begin + 31 < shape.tokens ? begin + 31 : shape.tokens"),
         ("the second frame has the first one's position", "v1 += load(position1 + c);", "v1 += load(position0 + c);"),
         ("the backward forgets the position", "if (p.position) difference +=", "if (false) difference +="),
         ("the buffer is overwritten", "p.accumulate ? load(grad_x + c) + grad : grad", "grad"),
         ("stale memory is added to", "p.accumulate ? load(grad_x + c) + grad : grad", "load(grad_x + c) + grad"),
-        ("the weights' own gradient is dropped", "if (p.grad_weights) difference +=", "if (false) difference +="),
+        ("the weights' own gradient is dropped", "difference += p.grad_weights[2 * out] - p.grad_weights[2 * out + 1];", ";"),
         ("the second logit's gradient has the wrong sign", "= -p.grad_logits[2 * out];", "= p.grad_logits[2 * out];"),
         ("half of the partial sums start as garbage", "c < 2 * dim; ++c) partial[c] = 0", "c < dim; ++c) partial[c] = 0"),
         ("the last chunk's partial sum is dropped", "i < rows; ++i)", "i < rows - 1; ++i)"),
         ("a lone last channel is skipped", "rest > 0)", "rest > 1)"),
         ("the batch stride is ignored", "batch * strides.batch + frame", "frame"),
+    ),
+    "native": _mutants(
+        "csrc/cpu/vec.h",
+        ("bfloat16 is truncated", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
+        ("ties go away from zero", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "(bits + 0x8000) >> 16"),
+        ("a NaN becomes infinity", "(bits >> 16) | 0x40;", "0x7f80 + (bits >> 16) * 0;"),
+        ("float16's subnormals are truncated", "0.5f) - 0x3f000000", "0.5f - 2e-8f) - 0x3f000000"),
+        ("float16's infinity becomes a number", "bits_as<Int32s>(magnitude) >= 0x0f800000", "bits_as<Int32s>(magnitude) > 0x0f800000"),
+        ("float16 loses its sign", "half | (bits & 0x80000000) >> 16", "half"),
     ),
     "depthwise_conv3d": _mutants(
         "csrc/cpu/depthwise_conv3d.cpp",
@@ -79,7 +88,7 @@ MUTANTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=sorted(MUTANTS), action="append", help="only this op's; may be repeated")
+    parser.add_argument("--op", choices=sorted(MUTANTS), action="append", help="only these tests'; may be repeated")
     ops = parser.parse_args().op or sorted(MUTANTS)
     _copy()
     caught = survived = 0

@@ -125,6 +125,9 @@ def fallback_differentiates(subject: Subject) -> None:
         with pytest.warns(UserWarning, match="plain PyTorch"):
             actual = gradients(lambda *values: run(*values, backend="auto"), leaves)
         torch.testing.assert_close(actual, expected)
+        torch._dynamo.reset()
+        traced = torch.compile(lambda *values: run(*values, backend="auto"), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(gradients(traced, leaves), expected)
         case = subject.case(torch.float64)
         *args, _ = subject.custom_op_args(case)
         buffer = torch.ones_like(case.inputs["x"])
@@ -178,8 +181,9 @@ def accumulates_into_a_buffer(subject: Subject) -> None:
         assert bool((guarded[:32] == 7).all())
         assert bool((guarded[-32:] == 7).all())
         assert_same_bits(tuple(others), tuple(fresh[1:]))
-    with pytest.raises(ValueError, match="grad_x_accumulate must be contiguous"):
-        subject.backward(case, needs, torch.zeros(3))
+    for wrong in (torch.zeros(3), torch.zeros(x.shape), buffer[..., ::2]):
+        with pytest.raises(ValueError, match="grad_x_accumulate must be contiguous"):
+            subject.backward(case, needs, wrong)
 
 
 # --- Layouts ----------------------------------------------------------------------------------------------------------
@@ -355,22 +359,25 @@ def vmap(subject: Subject) -> None:
 
 
 def func_grad(subject: Subject) -> None:
-    """torch.func.grad, alone and under vmap (gradients per sample), of the tokens and of every input."""
+    """torch.func.grad, alone and under vmap (gradients per sample), of each input and of all, whichever are mapped."""
     runs = [subject.leaves(seed=seed) for seed in range(3)]
     run = runs[0][1]
     leaves = [[leaf.detach() for leaf in values] for values, _ in runs]
-    all_of_them = tuple(range(len(leaves[0])))
-    per_input = torch.func.grad(lambda *values: loss(run(*values)), argnums=all_of_them)
-    expected = [gradients(run, [leaf.requires_grad_() for leaf in values]) for values in leaves]
-    leaves = [[leaf.detach() for leaf in values] for values in leaves]
-    torch.testing.assert_close(per_input(*leaves[0]), expected[0])
+    count = len(leaves[0])
     stacked = [torch.stack(tensors) for tensors in zip(*leaves, strict=True)]
-    wanted = tuple(torch.stack(grads) for grads in zip(*expected, strict=True))
-    torch.testing.assert_close(torch.func.vmap(per_input)(*stacked), wanted)
-    shared = leaves[0][1:]
-    per_clip = torch.func.grad(lambda x: loss(run(x, *shared)))
-    wanted = torch.stack([per_clip(values[0]) for values in leaves])
-    torch.testing.assert_close(torch.func.vmap(per_clip)(stacked[0]), wanted)
+    for wanted in (*((number,) for number in range(count)), tuple(range(count))):
+        gradient = torch.func.grad(lambda *values: loss(run(*values)), argnums=wanted)
+        for mapped in (*({number} for number in range(count)), set(range(count))):
+            samples = [[leaves[s if i in mapped else 0][i] for i in range(count)] for s in range(3)]
+            expected = []
+            for values in samples:
+                one = [value.clone().requires_grad_(i in wanted) for i, value in enumerate(values)]
+                expected.append(torch.autograd.grad(loss(run(*one)), [one[i] for i in wanted]))
+            torch.testing.assert_close(gradient(*samples[0]), expected[0])
+            arguments = [stacked[i] if i in mapped else leaves[0][i] for i in range(count)]
+            axes = tuple(0 if i in mapped else None for i in range(count))
+            actual = torch.func.vmap(gradient, in_dims=axes)(*arguments)
+            torch.testing.assert_close(actual, tuple(map(torch.stack, zip(*expected, strict=True))))
 
 
 def further_derivatives_raise(subject: Subject) -> None:
@@ -386,6 +393,38 @@ def further_derivatives_raise(subject: Subject) -> None:
         torch.func.grad(lambda x: torch.func.grad(lambda x: loss(run(x, *leaves[1:])))(x).square().sum())(x.detach())
     with pytest.raises(RuntimeError, match="forward mode AD"):
         torch.func.jvp(lambda x: run(x, *leaves[1:]), (x.detach(),), (torch.ones_like(x),))
+
+
+def compiled_transforms_are_right_or_raise(subject: Subject) -> None:
+    """torch.func inside torch.compile: Dynamo would inline the Function's forward and differentiate nothing."""
+    leaves, run = subject.leaves()
+    x, others = leaves[0], leaves[1:]
+
+    def scalar(x: Tensor) -> Tensor:
+        return loss(run(x, *others, backend=None))
+
+    def penalty(x: Tensor) -> Tensor:
+        return torch.func.grad(scalar)(x).square().sum()
+
+    def tangent(x: Tensor) -> Any:
+        return torch.func.jvp(scalar, (x,), (torch.ones_like(x),))
+
+    torch._dynamo.reset()
+    expected = torch.func.grad(scalar)(x.detach())
+    torch.testing.assert_close(torch.compile(torch.func.grad(scalar), backend="aot_eager")(x).detach(), expected)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.compile(penalty, backend="aot_eager")(x).backward()
+    with pytest.raises(RuntimeError, match="forward mode AD"):
+        torch.compile(tangent, backend="aot_eager")(x.detach())
+
+
+def checkpointed_with_create_graph(subject: Subject) -> None:
+    """Checkpointing unpacks what is saved once only."""
+    leaves, run = subject.leaves()
+    expected = gradients(run, leaves)
+    value = loss(checkpoint(run, *leaves, use_reentrant=False))
+    grads = torch.autograd.grad(value, leaves, create_graph=True)
+    assert_same_bits(tuple(grad.detach() for grad in grads), expected)
 
 
 # --- Threads ----------------------------------------------------------------------------------------------------------
@@ -427,6 +466,15 @@ def two_python_threads(subject: Subject) -> None:
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 
+def the_raw_op_reads_no_wrong_memory(subject: Subject) -> None:
+    """An exported graph calls the op past the user's function and its checks."""
+    for name in subject.arguments[1:]:
+        case = subject.case()
+        case.inputs[name] = case.inputs[name][..., :1].contiguous()
+        with pytest.raises((ValueError, RuntimeError), match=r"expected \(|doesn't go with"):
+            getattr(torch.ops.inti_kernels, subject.name)(*subject.custom_op_args(case))
+
+
 def bad_input(subject: Subject) -> None:
     inputs, kwargs = subject.case()
     run = getattr(ops, subject.name)
@@ -448,10 +496,12 @@ def bad_input(subject: Subject) -> None:
     for name, value in inputs.items():
         if name != "x":
             fails(TypeError, f"{name} must be floating", **{name: value.int()})
+            if name not in ("bias", "position"):
+                fails(TypeError, f"{name} must be a tensor, got NoneType", **{name: None})
             fails(ValueError, f"{name} must be on x's device, cpu, got meta", **{name: value.to("meta")})
             fails(ValueError, f"{name}", **{name: value[:-1]})
     # A dtype that PyTorch has and no kernel takes: refused by name where it was asked for.
-    with pytest.raises(RuntimeError, match="this is float8_e5m2.*; reference: can run here"):
+    with pytest.raises(RuntimeError, match="this is float8_e5m2. The others: reference: can run here"):
         run(**{**inputs, **kwargs, "x": x.to(torch.float8_e5m2)}, backend="cpu")
 
 
@@ -476,9 +526,12 @@ CHECKS = (
     vmap,
     func_grad,
     further_derivatives_raise,
+    compiled_transforms_are_right_or_raise,
+    checkpointed_with_create_graph,
     same_bits_at_any_thread_count,
     two_python_threads,
     bad_input,
+    the_raw_op_reads_no_wrong_memory,
 )
 
 

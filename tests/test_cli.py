@@ -14,7 +14,7 @@ import torch
 
 from inti_kernels import backends, ops
 from inti_kernels.__main__ import COMMANDS, main
-from inti_kernels.cli import _environment, _stopwatch, _tables, _timing, check
+from inti_kernels.cli import _environment, _stopwatch, _tables, _timing, bench, check
 
 
 def run(*arguments: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -97,6 +97,30 @@ def test_info_says_why_the_compiled_module_is_missing():
     assert "/nowhere/_native.so" in result.stdout.replace("\n", "")
 
 
+def test_info_shows_a_bad_backend_and_everything_else():
+    sentence = "INTI_BACKEND must be one of ('auto', 'reference', 'cpu'), got 'fastest'"
+    result = run("info", "--json", INTI_BACKEND="fastest")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert sentence in facts["active_backend"]
+    assert facts["environment"]["INTI_BACKEND"] == "fastest"
+    assert facts["backends"]["cpu"]["backends"]["reference"] == []
+    result = run("info", INTI_BACKEND="fastest")
+    assert result.returncode == 0, result.stderr
+    assert "got 'fastest'" in result.stdout
+    assert "Environment variables" in result.stdout
+
+
+@needs_kernels
+def test_info_shows_a_bad_instruction_set_as_the_reason():
+    result = run("info", "--json", INTI_CPU="abacus")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert "abacus" in facts["cpu"]["instruction_set"]
+    assert "abacus" in " ".join(facts["backends"]["cpu"]["backends"]["cpu"])
+    assert "abacus" in " ".join(facts["backends"]["cpu"]["ops"]["pair_interpolate"]["cpu"])
+
+
 # check
 
 
@@ -106,7 +130,7 @@ def small_check(monkeypatch):
     monkeypatch.setattr(check, "DTYPES", (torch.float32,))
     monkeypatch.setattr(check, "ABLATIONS", ({},))
     monkeypatch.setattr(check, "PREFIXES", (1,))
-    monkeypatch.setattr(check, "CONVOLUTIONS", check.CONVOLUTIONS[:1])
+    monkeypatch.setattr(check, "CASES", check.CASES[:1])
     monkeypatch.setattr(check, "AUTOCASTS", ())
     monkeypatch.setattr(check, "SIZES", {"dim": 8, "frames": 4, "grid": (3, 2), "batch": 1})
 
@@ -203,6 +227,18 @@ def test_a_gpu_that_is_not_there_is_an_error(command, capsys):
 
 # bench
 
+
+class NotInstalled:
+    """A finder that knows one module, and that it isn't there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name, *_):
+        if name == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 SMALL = ["--dim", "8", "--frames", "4", "--grid", "3x2", "--repeats", "2"]
 
 
@@ -237,6 +273,17 @@ def test_bench_rows_carry_everything(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "/ floor" in out
     assert "3×2" in out
+
+
+def test_bench_says_what_to_do_where_the_benchmarks_are_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "meta_path", [NotInstalled(bench.BENCHMARKS), *sys.meta_path])
+    for name in [name for name in sys.modules if name.startswith(bench.BENCHMARKS)]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["bench", *SMALL]) == 1
+    captured = capsys.readouterr()
+    assert "pip install -e ." in captured.err
+    assert "make bench" in captured.err
+    assert not captured.out
 
 
 @needs_kernels

@@ -135,7 +135,7 @@ def test_position_is_not_added_to_the_padding(backend: str) -> None:
         ({"grid": (3, 3)}, r"prefix \+ H·W = 1 \+ 3·3 = 10 tokens a frame, got 7"),
         ({"grid": (3,)}, r"grid must be \(H, W\)"),
         ({"grid": (0, 6)}, r"grid must be \(H, W\), both at least 1"),
-        ({"prefix": -1}, "prefix 0 or more"),
+        ({"prefix": -1}, "prefix must be 0 or more tokens, got -1"),
         ({"weight": torch.ones(5, 1, 5, 3, 3)}, "kernel and temporal stride out of: 3×3×3 with stride 2"),
         ({"weight": torch.ones(5, 1, 3, 1, 1)}, "kernel and temporal stride out of: 3×3×3 with stride 2"),
         ({"temporal_stride": 4}, "kernel and temporal stride out of"),
@@ -147,3 +147,21 @@ def test_bad_sizes(changes: dict[str, object], match: str) -> None:
     inputs, kwargs = CUBE.case()
     with pytest.raises(ValueError, match=match):
         ops.depthwise_conv3d(**{**inputs, **kwargs, **changes})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"grid": (3.0, 2.0)}, "grid must be a whole number, got 3.0"),
+        ({"grid": 6}, r"grid must be \(H, W\), two whole numbers, got 6"),
+        ({"grid": None}, r"grid must be \(H, W\), two whole numbers, got None"),
+        ({"grid": ("3", "2")}, "grid must be a whole number, got '3'"),
+        ({"prefix": 1.0}, "prefix must be a whole number, got 1.0"),
+        ({"temporal_stride": 2.0}, "temporal_stride must be a whole number, got 2.0"),
+    ],
+)
+def test_sizes_are_whole_numbers(changes: dict[str, object], match: str, backend: str) -> None:
+    inputs, kwargs = CUBE.case()
+    with pytest.raises(TypeError, match=match):
+        ops.depthwise_conv3d(**{**inputs, **kwargs, **changes}, backend=backend)

@@ -354,3 +354,49 @@ def test_what_is_fused_already_takes_the_backend() -> None:
     assert fused.backend == "reference"
     assert fuse(fused, backend="cpu").backend == "cpu"
     assert fuse(fused).backend == "cpu"
+
+
+class Adapted(nn.Linear):
+    """What LoRA does: the same weight, and something more in forward."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.low = nn.Parameter(torch.randn(linear.out_features, linear.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.nn.functional.linear(x, self.low)
+
+
+@pytest.mark.parametrize("where", ["token.linear", "head.linear1", "head.linear2", "frame.linear"])
+def test_an_adapter_inside_is_called(where: str) -> None:
+    module, x = module_case(dim=6, frames=4, grid=(2, 3))
+    parent, name = where.split(".")
+    setattr(getattr(module, parent), name, Adapted(getattr(getattr(module, parent), name)))
+    fused = FusedInTI.from_reference(module)
+    results = []
+    for run in (module, fused):
+        z = run(x)
+        (grad,) = torch.autograd.grad(z.square().sum(), getattr(getattr(run, parent), name).low)
+        results.append((z, grad))
+    torch.testing.assert_close(results[1], results[0])
+    assert results[0][1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("where", ["token", "token.norm", "token.linear", "head.linear1", "head.linear2", "cube"])
+def test_hooks_on_what_is_inside_fire(where: str) -> None:
+    module, x = module_case(dim=6, frames=4, grid=(2, 3))
+    fused = FusedInTI.from_reference(module)
+    fired: list[str] = []
+    module.get_submodule(where).register_forward_hook(lambda *_: fired.append(where))
+    for run in (module, fused):
+        run(x)
+    assert fired == [where, where]
+
+
+def test_the_old_module_keeps_its_own_position() -> None:
+    old = InTI(6, 4, (2, 3))
+    new = fuse(old)
+    new.resize_position(8)
+    assert old.position.shape[0] == 4
+    assert new(torch.randn(1, 8, 7, 6)).shape[1] == 4

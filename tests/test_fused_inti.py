@@ -198,8 +198,14 @@ def test_an_unknown_backend_is_an_error_when_built(make):
 def test_extra_repr_lists_what_is_plain_pytorch():
     text = repr(FusedInTI(6, 4, (2, 3), backend="cpu", head="sigmoid", context=("cube", "frame")))
     assert "backend='cpu'" in text
-    assert "plain PyTorch: token level, frame level, head, sigmoid interpolation" in text
-    assert FusedInTI(6, 4, (2, 3)).plain_parts() == ["token level", "frame level", "global level", "head"]
+    assert "plain PyTorch: temporal position, token level, frame level, head, sigmoid interpolation" in text
+    assert FusedInTI(6, 4, (2, 3)).plain_parts() == [
+        "temporal position",
+        "token level",
+        "frame level",
+        "global level",
+        "head",
+    ]
 
 
 @pytest.mark.parametrize(("own", "chosen", "runs"), [

@@ -87,6 +87,17 @@ def test_small_weights_keep_their_digits(backend: str) -> None:
     torch.testing.assert_close(weights.double(), logits.double().softmax(-1), rtol=1e-7, atol=0)
 
 
+def test_infinite_logits_are_what_softmax_says(backend: str) -> None:
+    """NaN for +inf, so that loss scaling sees an overflow of the network."""
+    values = [float("inf"), -float("inf"), float("nan"), 1.0]
+    logits = torch.tensor([[a, b] for a in values for b in values])[None, None]
+    x = torch.randn(1, 2, 16, 5)
+    for ours, theirs in zip(
+        ops.pair_interpolate(x, logits, backend=backend), reference.pair_interpolate(x, logits), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 @pytest.mark.parametrize("where", ["x", "logits"])
 def test_nan_stays_nan(backend: str, where: str) -> None:
     inputs, _ = SUBJECT.case(dim=37)

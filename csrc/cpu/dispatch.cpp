@@ -4,6 +4,9 @@
 
 #include "inti/build_info.h"
 #include "inti/cpu.h"
+#if INTI_HAVE_AVX2 || INTI_HAVE_AVX512
+#include <cpuid.h>
+#endif
 
 #define INTI_ISA baseline
 #include "kernels.inc"
@@ -27,15 +30,22 @@ struct Isa {
   const CpuKernels* kernels;
 };
 
+#if INTI_HAVE_AVX2 || INTI_HAVE_AVX512
+// By hand, since clang's __builtin_cpu_supports doesn't know F16C, and a hypervisor can mask it.
+bool has_fma_and_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && __builtin_cpu_supports("fma");
+}
+#endif
+
 std::vector<Isa> supported() {
   std::vector<Isa> isas{{"baseline", &baseline::kernels}};
 #if INTI_HAVE_AVX2
-  // clang can't ask for F16C; every processor with AVX2 has it.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back({"avx2", &avx2::kernels});
+  if (has_fma_and_f16c() && __builtin_cpu_supports("avx2")) isas.push_back({"avx2", &avx2::kernels});
 #endif
 #if INTI_HAVE_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+  if (has_fma_and_f16c() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     isas.push_back({"avx512", &avx512::kernels});
 #endif
   return isas;

@@ -27,11 +27,16 @@ void for_each_chunk(const PairInterpolateShape& shape, const Task& task) {
   parallel_for(chunks, shape.threads, [&](int64_t i) { task(chunk_of(shape, i)); });
 }
 
-// The softmax over two logits is the sigmoid of their difference: finite for any finite logits.
+// The softmax over two logits: the larger one's exponential is 1, so any finite logits give finite weights. An infinite
+// one gives NaN, as PyTorch's softmax does: loss scaling has to see that the network has overflowed.
 struct PairWeights {
   double first, second;
-  explicit PairWeights(const double* logits)
-      : first(1 / (1 + std::exp(logits[1] - logits[0]))), second(1 / (1 + std::exp(logits[0] - logits[1]))) {}
+  explicit PairWeights(const double* logits) {
+    const double largest = logits[0] > logits[1] ? logits[0] : logits[1];
+    const double e0 = std::exp(logits[0] - largest), e1 = std::exp(logits[1] - largest);
+    first = e0 / (e0 + e1);
+    second = e1 / (e0 + e1);
+  }
 };
 
 // Calls block(c, load, store) for every vector of channels; load and store handle a last vector that isn't full.
@@ -126,7 +131,7 @@ struct Backward {
       if (p.grad_logits) {
         const T* x0 = token<T>(p.x, p.x_strides, chunk.batch, 2 * chunk.pair, k);
         double difference = weight_difference(g, x0, x0 + p.x_strides.frame, position0, position1);
-        if (p.grad_weights) difference += p.grad_weights[2 * out] - p.grad_weights[2 * out + 1];
+        difference += p.grad_weights[2 * out] - p.grad_weights[2 * out + 1];
         p.grad_logits[2 * out] = weights.first * weights.second * difference;
         p.grad_logits[2 * out + 1] = -p.grad_logits[2 * out];
       }

@@ -9,6 +9,7 @@ kernel for, which take tensors.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections import Counter
 from importlib import import_module
@@ -32,10 +33,13 @@ executed: Counter[tuple[str, str]] = Counter()
 _DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 _active = os.environ.get("INTI_BACKEND") or "auto"
 _noted: set[str] = set()
+_counting = threading.Lock()
 
 
 class use_backend:
     """Chooses the backend of every op that isn't given one, for the process, or for a ``with`` block.
+
+    The choice is the process's: ``with`` blocks that overlap in two threads see each other's.
 
     Args:
         name: "auto", "reference" or "cpu".
@@ -51,10 +55,13 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         global _active
-        self._previous = _active
-        _active = _known(name, "use_backend")
+        self._name, self._previous = _known(name, "use_backend"), _active
+        _active = name
 
     def __enter__(self) -> use_backend:
+        global _active
+        if _active != self._name:  # made earlier, entered now
+            self._previous, _active = _active, self._name
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -74,6 +81,17 @@ def active_backend() -> str:
 def requested(backend: str | None) -> str:
     """What an op's argument ``backend`` asks for: itself, or the choice in force if it is None."""
     return active_backend() if backend is None else _known(backend, "backend")
+
+
+def resolve(op: str, backend: str | None, x: torch.Tensor) -> str:
+    """What a call of an op runs on: an explicit backend; "auto" where a kernel can run; else "reference", said once.
+
+    Traced code keeps "auto": the op then decides when it runs, which may be on another machine.
+    """
+    backend = requested(backend)
+    if backend != "auto" or torch.compiler.is_compiling() or x.is_meta:
+        return backend
+    return "reference" if _first_that_can(op, HAS_KERNEL[op], x) == "reference" else "auto"
 
 
 def why_not(
@@ -107,7 +125,7 @@ def why_not(
     if dtype not in _DTYPES[backend]:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES[backend])
         reasons.append(f"the cpu backend takes {names}, and this is {str(dtype).removeprefix('torch.')}.")
-    return reasons + native.why_not_native()
+    return reasons + (native.why_not_native() or native.why_not_isa())
 
 
 def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "forward") -> ModuleType:
@@ -115,7 +133,7 @@ def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "
 
     Args:
         op: one of HAS_KERNEL's keys.
-        backend: as :func:`requested` gives it.
+        backend: as :func:`resolve` gives it.
         x: the tokens; their device and dtype decide.
         direction: "forward" or "backward".
 
@@ -124,7 +142,7 @@ def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "
             other backends.
     """
     chosen = _first_that_can(op, HAS_KERNEL[op], x) if backend == "auto" else _explicit(op, backend, x)
-    executed[op if direction == "forward" else f"{op}_backward", chosen] += 1
+    _count(op if direction == "forward" else f"{op}_backward", chosen)
     return import_module(f"{__name__}.{chosen}")
 
 
@@ -145,10 +163,13 @@ def _explicit(op: str, backend: str, x: torch.Tensor) -> str:
         others = "; ".join(
             f"{name}: {' '.join(why) or 'can run here'}" for name, why in reasons.items() if name != backend
         )
-        raise RuntimeError(
-            f"{op} can't run on backend={backend!r}: {' '.join(reasons[backend])} Of the others; {others}."
-        )
+        raise RuntimeError(f"{op} can't run on backend={backend!r}: {' '.join(reasons[backend])} The others: {others}.")
     return backend
+
+
+def _count(op: str, backend: str) -> None:
+    with _counting:
+        executed[op, backend] += 1
 
 
 def note(message: str) -> None:
@@ -167,7 +188,7 @@ def _known(name: str, source: str) -> str:
 def count_reference(op: str) -> None:
     """Counts the reference where it runs outside :func:`implementation`. Traced code may not count."""
     if not torch.compiler.is_compiling():
-        executed[op, "reference"] += 1
+        _count(op, "reference")
 
 
 def without_kernel(op: str, backend: str | None, x: torch.Tensor) -> None:

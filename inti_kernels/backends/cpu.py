@@ -19,6 +19,7 @@ Gradients = tuple[Tensor | None, ...]
 
 def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, frames, tokens, dim = x.shape
+    _expect((logits, (batch, frames // 2, tokens, 2)), (position, (frames, dim)))
     x = _channels_contiguous(x, "pair_interpolate")
     logits64, position = logits.to(torch.float64).contiguous(), _wide(position, x)
     z = empty((batch, frames // 2, tokens, dim), x)
@@ -47,6 +48,8 @@ def pair_interpolate_backward(
 ) -> Gradients:
     batch, frames, tokens, dim = x.shape
     module = native.load()
+    pairs = (batch, frames // 2, tokens)
+    _expect((logits, (*pairs, 2)), (grad_weights, (*pairs, 2)), (grad_z, (*pairs, dim)), (position, (frames, dim)))
     x, grad_z = _channels_contiguous(x, "pair_interpolate"), _channels_contiguous(grad_z)
     logits64, wide_position = logits.to(torch.float64).contiguous(), _wide(position, x)
     grad_weights = grad_weights.to(torch.float64).contiguous()
@@ -89,6 +92,7 @@ def depthwise_conv3d_forward(
     prefix: int,
 ) -> Tensor:
     batch, frames, tokens, dim = x.shape
+    _expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
     x = _channels_contiguous(x, "depthwise_conv3d")
     taps, bias, position = _taps(weight, x), _wide(bias, x), _wide(position, x)
     y = empty((batch, frames // temporal_stride, tokens, dim), x)
@@ -118,8 +122,10 @@ def depthwise_conv3d_backward(
     needs: Sequence[bool],
     grad_x_accumulate: Tensor | None,
 ) -> Gradients:
-    batch, frames, _, dim = x.shape
+    batch, frames, tokens, dim = x.shape
     module = native.load()
+    _expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
+    _expect((grad_y, (batch, frames // temporal_stride, tokens, dim)))
     x, grad_y = _channels_contiguous(x, "depthwise_conv3d"), _channels_contiguous(grad_y)
     taps, wide_position = _taps(weight, x), _wide(position, x)
     grad_x = _grad_x(x, needs[0], grad_x_accumulate)
@@ -156,6 +162,38 @@ def depthwise_conv3d_backward(
         grad_taps[-1].to(bias.dtype, copy=True) if needs[2] else None,
         None if grad_position is None else grad_position.to(position.dtype),
     )
+
+
+def _expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """The last look before addresses are handed over. The user's functions have checked, and say more; an exported
+    graph or a vmap rule calls the op itself."""
+    for tensor, shape in pairs:
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.device.type != "cpu"):
+            raise ValueError(f"expected {shape} on the CPU, got {tuple(tensor.shape)} on {tensor.device}")
+
+
+def _expect_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    grid: Sequence[int],
+    temporal_stride: int,
+    prefix: int,
+) -> None:
+    batch, frames, tokens, dim = x.shape
+    space = weight.shape[-1]
+    _expect((weight, (dim, 1, 3, space, space)), (bias, (dim,)), (position, (frames, dim)))
+    if (
+        space not in (1, 3)
+        or frames % temporal_stride
+        or min(*grid, prefix + 1) < 1
+        or tokens != prefix + grid[0] * grid[1]
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)} doesn't go with weight {tuple(weight.shape)}, grid {tuple(grid)}, prefix {prefix} and "
+            f"temporal_stride {temporal_stride}"
+        )
 
 
 def _common(x: Tensor) -> dict[str, object]:

@@ -60,6 +60,15 @@ def why_not_native() -> list[str]:
     return []
 
 
+def why_not_isa() -> list[str]:
+    """Why no instruction set can be chosen (INTI_CPU names one that isn't there), as `why_not_native` says it."""
+    try:
+        cpu_isa()
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def build_info() -> dict[str, Any]:
     """What the compiled module says of its build.
 

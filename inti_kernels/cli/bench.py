@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..benchmarks import Sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# Installed from the folder benchmarks/ of the source tree (setup.py).
+BENCHMARKS = "inti_kernels.benchmarks"
 # benchmarks/__init__.py has the same list; this one is here so that --help needs no benchmark.
 OPS = ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head", "inti")
 
@@ -63,12 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and times; returns the exit status."""
-    from ..benchmarks import Sizes, load
-
     try:
         device = _prepare(args)
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
+        return 1
+    try:
+        from ..benchmarks import Sizes, load
+    except ModuleNotFoundError as error:
+        if error.name != BENCHMARKS:
+            raise
+        print(
+            f"the benchmarks are not installed: this package was imported from its sources, where {BENCHMARKS} is the "
+            "folder benchmarks/. In the source tree, run `pip install -e .`, or `make bench`",
+            file=sys.stderr,
+        )
         return 1
     sizes = Sizes(args.dim, args.frames, args.grid, args.batch, args.prefix)
     few_tokens = replace(sizes, frames=min(sizes.frames, 4), grid=(3, 3), batch=1)

@@ -23,6 +23,7 @@ import torch
 
 from .. import backends, ops, testing
 from ..modules import FusedInTI
+from ..ops.depthwise_conv3d import CASES
 from . import _environment
 from ._coverage import watch
 from ._tables import Progress, print_table
@@ -30,8 +31,7 @@ from ._tables import Progress, print_table
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 AUTOCASTS = (torch.bfloat16, torch.float16)
 SIZES: dict[str, Any] = {"dim": 34, "frames": 8, "grid": (5, 3), "batch": 2}
-# The three (kernel, temporal stride) cases that depthwise_conv3d has, and prefixes of a plain ViT, none, and registers.
-CONVOLUTIONS = (((3, 3, 3), 2), ((3, 3, 3), 1), ((3, 1, 1), 1))
+# Of a plain ViT, of none, and of registers.
 PREFIXES = (1, 0, 5)
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -148,7 +148,7 @@ def _op_jobs(op: str, backend: str, device: torch.device) -> Iterator[Job]:
 
 
 def _op_options(op: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    convolutions = CONVOLUTIONS if op == "depthwise_conv3d" else CONVOLUTIONS[:1]
+    convolutions = CASES if op == "depthwise_conv3d" else CASES[:1]
     for prefix in PREFIXES:
         for kernel, stride in convolutions:
             options: dict[str, Any] = {"prefix": prefix}

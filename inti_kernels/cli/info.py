@@ -35,7 +35,7 @@ def collect() -> dict[str, Any]:
         "build": _environment.build(),
         "cpu": _environment.cpu(),
         "devices": _environment.devices(),
-        "active_backend": backends.active_backend(),
+        "active_backend": _active_backend(),
         "backends": {
             kind: {"backends": _environment.backend_states(kind), "ops": _environment.op_states(kind)}
             for kind in sorted({device["device"].split(":")[0] for device in _environment.devices()})
@@ -43,6 +43,14 @@ def collect() -> dict[str, Any]:
         "plain_pytorch": PLAIN_PARTS,
         "environment": {name: os.environ.get(name) for name in _environment.VARIABLES},
     }
+
+
+def _active_backend() -> str:
+    """The choice in force or, if INTI_BACKEND names no backend, the sentence that every op would raise."""
+    try:
+        return backends.active_backend()
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from .. import backends, ops
 from ..reference import InTI, functional
+from ..reference.inti import Head, NormLinearGELU
+from ._linear import linear
 
 # Parts of the module that are plain PyTorch in every backend, and why.
 PLAIN_PARTS = {
+    "temporal position": "the token level has to see x + σ·P, so it is formed once for all",
     "token level": "token_features has no kernel of its own yet",
     "frame level": "works on B·T class tokens only",
     "global level": "works on B·T class tokens only",
@@ -71,10 +74,17 @@ class FusedInTI(InTI):
 
     def plain_parts(self) -> list[str]:
         """The parts of this module that are plain PyTorch whatever the backend (keys of PLAIN_PARTS)."""
-        parts = ["token level", *(f"{level} level" for level in self.context if level != "cube"), "head"]
+        parts = [
+            "temporal position",
+            "token level",
+            *(f"{level} level" for level in self.context if level != "cube"),
+            "head",
+        ]
         return parts + ["sigmoid interpolation"] * (self.head_type == "sigmoid")
 
     def _cube(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if not _untouched(self.cube, nn.Conv3d):
+            return super()._cube(x, grid)
         dtype = _autocast_dtype(x)
         return ops.depthwise_conv3d(
             x if dtype is None else x.to(dtype),
@@ -86,19 +96,22 @@ class FusedInTI(InTI):
         )
 
     def _token_features(self, x: Tensor) -> Tensor:
-        if backends.requested(self.backend) == "reference":
+        if not self._own_products(self.token, NormLinearGELU, self.token.linear):
             return super()._token_features(x)
-        norm = self.token.norm
-        normed = F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
-        frames = F.gelu(_linear(normed, self.token.linear.weight, self.token.linear.bias))  # [B, T, N, C/2]
+        frames = F.gelu(linear(self.token.norm(x), self.token.linear.weight, self.token.linear.bias))  # [B, T, N, C/2]
         # One copy there and one back: the gradients of two slices, concatenated, would be two tensors full of zeros.
         return frames.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
 
     def _hidden(self, features: Tensor, cube: Tensor | None, frame_context: Tensor | None) -> Tensor:
-        if backends.requested(self.backend) == "reference":
+        if not self._own_products(self.head, Head, self.head.linear1):
             return super()._hidden(features, cube, frame_context)
         inputs = functional.head_inputs(features, cube, frame_context)
-        return F.gelu(_linear(inputs, self.head.linear1.weight, self.head.linear1.bias))
+        return F.gelu(linear(inputs, self.head.linear1.weight, self.head.linear1.bias))
+
+    def _own_products(self, parent: nn.Module, kind: type[nn.Module], layer: nn.Module) -> bool:
+        """Whether a Linear of a part of the module may be computed past its ``forward``."""
+        plain = backends.requested(self.backend) == "reference"
+        return not plain and _untouched(parent, kind) and _untouched(layer, nn.Linear)
 
     def _interpolate(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         # Autocast on CUDA, unlike that on the CPU, runs InTI's softmax in float32.
@@ -122,9 +135,10 @@ def fuse(model: nn.Module, *, backend: str | None = None) -> Replaced | FusedInT
     """Swaps every InTI inside a model for a FusedInTI, in place.
 
     Parameters, buffers, hooks (their handles stay valid), train/eval mode and requires_grad are the same objects and
-    values as before, so optimizers and checkpoints go on working. An InTI that stands in several places stays one
-    module. Left alone, and reported by a warning and in ``skipped``, are subclasses of InTI, whose forward may differ,
-    and modules whose ``forward`` was patched. What is fused already only takes the backend, if one is given.
+    values as before, so optimizers and checkpoints go on working. An InTI that stands in several places stays one.
+    The old modules are not to be used any more; references to them outside the model's submodules (a Python list) stay.
+    Left alone, and reported by a warning and in ``skipped``, are subclasses of InTI, whose forward may differ, and
+    modules whose ``forward`` was patched. What is fused already only takes the backend, if one is given.
 
     Args:
         model: any nn.Module.
@@ -168,7 +182,7 @@ def _why_leave(module: nn.Module, old: type[InTI], new: type[InTI]) -> str:
     if not isinstance(module, InTI) or type(module) is new:
         return ""
     if type(module) is not old:
-        return f"{type(module).__name__} is a subclass, whose forward may differ"
+        return f"{type(module).__name__} is a subclass, whose forward may differ (fuse before fully_shard)"
     if "forward" in module.__dict__:
         return (
             "its forward was patched on the instance (accelerate's hooks do that), and would still run the old module"
@@ -180,6 +194,8 @@ def _become(module: nn.Module, cls: type[M], backend: str | None) -> M:
     """A module of another class around the same insides: parameters, submodules, hooks."""
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):  # the hooks' dicts stay shared: their handles know no other
+        new.__dict__[name] = dict(module.__dict__[name])
     new.__dict__["_compiled_call_impl"] = None  # what Module.compile() made runs the old forward
     new.__dict__.pop("backend", None)
     if cls is FusedInTI:
@@ -187,20 +203,10 @@ def _become(module: nn.Module, cls: type[M], backend: str | None) -> M:
     return new
 
 
-# MKL, which torch.mm calls in float32, makes no use of AVX-512 on AMD's processors; oneDNN, which convolutions call,
-# does, and a 1×1 convolution over channels-last pixels is the same product without a copy. Measured on an EPYC (Zen 5)
-# at [1576, 1536]·[1536, 768]: 391 GFLOP/s instead of 186 forward, 395 instead of 182 and 326 instead of 180 backward.
-_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """torch.nn.functional.linear by the faster of torch's own two products."""
-    if not _ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or _autocast_dtype(x) or not x.numel():
-        return F.linear(x, weight, bias)
-    pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, C, 1, tokens], channels last
-    y = F.conv2d(pixels, weight[:, :, None, None])
-    # The bias apart: oneDNN's gradient of it is one long float32 sum, and misses the bounds.
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1) + bias
+def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a submodule is as InTI made it. Adapters (LoRA), parametrizations, FSDP2 and hooks want to be called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and "forward" not in module.__dict__ and not any(map(len, hooks))
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:

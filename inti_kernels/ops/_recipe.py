@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 
-def check_tokens(x: Tensor, name: str = "x") -> None:
+def check_tokens(x: Tensor) -> None:
     """x must be a dense floating tensor [B, T, N, C], empty in B only."""
-    check_floating(x, name)
+    check_floating(x, "x")
     if x.dim() != 4:
-        raise ValueError(f"{name} must be tokens [B, T, N, C], got {x.dim()} dimensions: {tuple(x.shape)}")
+        raise ValueError(f"x must be tokens [B, T, N, C], got {x.dim()} dimensions: {tuple(x.shape)}")
     if 0 in x.shape[1:]:
-        raise ValueError(f"{name} must have at least one frame, token and channel, got {tuple(x.shape)}")
+        raise ValueError(f"x must have at least one frame, token and channel, got {tuple(x.shape)}")
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
@@ -26,9 +26,11 @@ def check_floating(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; call .to_dense() first")
 
 
-def check_like(tensor: Tensor | None, name: str, x: Tensor, shape: Sequence[int], axes: str) -> None:
-    """A further input: floating, on x's device, of the shape that belongs to x. None passes."""
-    if tensor is None:
+def check_like(
+    tensor: Tensor | None, name: str, x: Tensor, shape: Sequence[int], axes: str, *, optional: bool = False
+) -> None:
+    """A further input: floating, on x's device, of the shape that belongs to x; None only if it is optional."""
+    if tensor is None and optional:
         return
     check_floating(tensor, name)
     if tensor.device != x.device:
@@ -37,13 +39,35 @@ def check_like(tensor: Tensor | None, name: str, x: Tensor, shape: Sequence[int]
         raise ValueError(f"{name} must be {axes} = {tuple(shape)} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
 
 
+def check_matrix(tensor: Tensor, name: str) -> None:
+    """What a shape can be read off: a floating tensor of two axes or more."""
+    check_floating(tensor, name)
+    if tensor.dim() < 2:
+        raise ValueError(f"{name} must have two axes or more, got shape {tuple(tensor.shape)}")
+
+
+def check_one_dtype(**tensors: Tensor | None) -> None:
+    """The inputs of a product: of one dtype, unless autocast is on and makes it so."""
+    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first, like), *others = there.items()
+    if torch.is_autocast_enabled(like.device.type):
+        return
+    for name, tensor in others:
+        if tensor.dtype != like.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first}, {like.dtype}, got {tensor.dtype}; convert one, or use autocast"
+            )
+
+
 def check_accumulator(accumulate: Tensor | None, x: Tensor) -> None:
     if accumulate is None:
         return
-    if accumulate.shape != x.shape or accumulate.dtype != x.dtype or not accumulate.is_contiguous():
+    same = accumulate.shape == x.shape and accumulate.dtype == x.dtype and accumulate.device == x.device
+    if not same or not accumulate.is_contiguous():
         raise ValueError(
-            f"grad_x_accumulate must be contiguous, of x's shape {tuple(x.shape)} and dtype {x.dtype}, got "
-            f"{tuple(accumulate.shape)}, {accumulate.dtype}, strides {accumulate.stride()}"
+            f"grad_x_accumulate must be contiguous, of x's shape {tuple(x.shape)}, dtype {x.dtype} and device "
+            f"{x.device}, got {tuple(accumulate.shape)}, {accumulate.dtype}, {accumulate.device}, strides "
+            f"{accumulate.stride()}"
         )
 
 
@@ -53,10 +77,28 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(run)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         device = next(argument.device.type for argument in args if isinstance(argument, Tensor))
+        if not torch.amp.is_autocast_available(device):
+            return run(*args, **kwargs)
         with torch.amp.autocast(device, enabled=False):
             return run(*args, **kwargs)
 
     return wrapped
+
+
+def leave_transforms_to_eager() -> None:
+    """To be called before a Function's apply: compiled code inside torch.func.grad, vmap or jvp runs eagerly.
+
+    Dynamo inlines such a Function's forward into the transform, and the derivative comes out wrong or 0, silently.
+    A graph break is right; with fullgraph=True it is an error.
+    """
+    if torch.compiler.is_compiling() and _transforming():
+        torch._dynamo.graph_break()
+
+
+@torch.compiler.assume_constant_result
+def _transforming() -> bool:
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_functorch or torch.autograd.forward_ad._current_level >= 0
 
 
 class _OnceOnly(torch.autograd.Function):
@@ -81,7 +123,7 @@ class _OnceOnly(torch.autograd.Function):
 
 
 def differentiable_once(op: str) -> Callable[..., Any]:
-    """For the backward of an op's Function, which takes (ctx, *upstream gradients).
+    """For the backward of an op's Function, which then takes (ctx, saved tensors, *upstream gradients).
 
     torch.autograd.function.once_differentiable raises only where the upstream gradients require grad themselves: a
     gradient penalty, whose first backward starts from a constant, would lose its derivative without a word.
@@ -90,11 +132,12 @@ def differentiable_once(op: str) -> Callable[..., Any]:
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def wrapped(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors  # once: checkpointing and offloading unpack at every look
             with torch.no_grad():
-                grads = backward(ctx, *upstream)
+                grads = backward(ctx, saved, *upstream)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 there = [grad for grad in grads if grad is not None]
-                sources = [tensor for tensor in (*ctx.saved_tensors, *upstream) if tensor is not None]
+                sources = [tensor for tensor in (*saved, *upstream) if tensor is not None]
                 marked = iter(_OnceOnly.apply(op, len(there), *there, *sources))
                 grads = tuple(None if grad is None else next(marked) for grad in grads)
             return grads

@@ -102,9 +102,9 @@ class DepthwiseConv3d(torch.autograd.Function):
 
     @staticmethod
     @recipe.differentiable_once("depthwise_conv3d")
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
-        grads = _backward(grad_y, *ctx.saved_tensors, *ctx.sizes, needs, None, ctx.backend)
+        grads = _backward(grad_y, *saved, *ctx.sizes, needs, None, ctx.backend)
         return *recipe.only_needed(grads, needs), None, None, None, None
 
     @staticmethod
@@ -155,13 +155,13 @@ def depthwise_conv3d(
     Raises:
         ValueError: shapes that don't go together, another kernel or stride than those above, tensors on different
             devices, an unknown backend.
-        TypeError: an input that isn't a dense floating tensor.
+        TypeError: an input that isn't a dense floating tensor, sizes that aren't whole numbers.
         RuntimeError: the backend that was asked for can't run here; a second derivative, or forward-mode AD.
     """
     recipe.check_tokens(x)
+    _check_grid(x, grid, prefix, temporal_stride)
     if temporal_stride == 2:
         functional.check_pairs(x.shape[1])
-    _check_grid(x, grid, prefix)
     recipe.check_floating(weight, "weight")
     frames, dim = x.shape[1], x.shape[3]
     kernel = tuple(weight.shape[2:])
@@ -172,22 +172,22 @@ def depthwise_conv3d(
             f"{temporal_stride}"
         )
     recipe.check_like(weight, "weight", x, (dim, 1, *kernel), "[C, 1, KT, KH, KW]")
-    recipe.check_like(bias, "bias", x, (dim,), "[C]")
-    recipe.check_like(position, "position", x, (frames, dim), "[T, C]")
-    backend = backends.requested(backend)
+    recipe.check_like(bias, "bias", x, (dim,), "[C]", optional=True)
+    recipe.check_like(position, "position", x, (frames, dim), "[T, C]", optional=True)
+    backend = backends.resolve("depthwise_conv3d", backend, x)
     if backend == "reference":
         backends.count_reference("depthwise_conv3d")
-        return functional.depthwise_conv3d(
+        return recipe.without_autocast(functional.depthwise_conv3d)(
             x, weight, bias, grid, temporal_stride=temporal_stride, prefix=prefix, position=position
         )
+    recipe.leave_transforms_to_eager()
     return DepthwiseConv3d.apply(x, weight, bias, position, list(grid), temporal_stride, prefix, backend)
 
 
-def _check_grid(x: Tensor, grid: tuple[int, int], prefix: int) -> None:
-    if len(grid) != 2 or min(grid) < 1 or prefix < 0:
-        raise ValueError(
-            f"grid must be (H, W), both at least 1, and prefix 0 or more; got grid {grid}, prefix {prefix}"
-        )
+def _check_grid(x: Tensor, grid: tuple[int, int], prefix: int, temporal_stride: int) -> None:
+    functional.check_grid(grid)
+    functional.check_prefix(prefix)
+    functional.check_whole(temporal_stride=temporal_stride)
     if x.shape[2] != prefix + grid[0] * grid[1]:
         raise ValueError(
             f"x must have prefix + H·W = {prefix} + {grid[0]}·{grid[1]} = {prefix + grid[0] * grid[1]} tokens a frame, "

@@ -49,27 +49,32 @@ def interpolation_head(
 
     Raises:
         ValueError: shapes that don't go together, odd T, tensors on different devices, an unknown backend.
-        TypeError: an input that isn't a dense floating tensor.
+        TypeError: an input that isn't a dense floating tensor; mixed dtypes outside autocast (x's and position's may
+            be others).
         RuntimeError: the backend that was asked for can't run here.
     """
     recipe.check_tokens(x)
     functional.check_pairs(x.shape[1])
     pairs = (x.shape[0], x.shape[1] // 2, x.shape[2])
-    recipe.check_floating(features, "features")
+    recipe.check_matrix(features, "features")
     recipe.check_like(features, "features", x, (*pairs, features.shape[-1]), "[B, T/2, N, D]")
     width = features.shape[-1]
     context = frame_context if cube is None else cube
     if context is not None:
-        recipe.check_floating(context, "cube and frame_context")
-        recipe.check_like(cube, "cube", x, (*pairs, context.shape[-1]), "[B, T/2, N, C']")
-        recipe.check_like(frame_context, "frame_context", x, (*pairs[:2], context.shape[-1]), "[B, T/2, C']")
+        recipe.check_matrix(context, "cube and frame_context")
+        recipe.check_like(cube, "cube", x, (*pairs, context.shape[-1]), "[B, T/2, N, C']", optional=True)
+        recipe.check_like(
+            frame_context, "frame_context", x, (*pairs[:2], context.shape[-1]), "[B, T/2, C']", optional=True
+        )
         width += context.shape[-1]
-    recipe.check_floating(weight1, "weight1")
+    recipe.check_matrix(weight1, "weight1")
     recipe.check_like(weight1, "weight1", x, (weight1.shape[0], width), "[h, D + C']")
     recipe.check_like(bias1, "bias1", x, (weight1.shape[0],), "[h]")
     recipe.check_like(weight2, "weight2", x, (2, weight1.shape[0]), "[2, h]")
     recipe.check_like(bias2, "bias2", x, (2,), "[2]")
-    recipe.check_like(position, "position", x, (x.shape[1], x.shape[3]), "[T, C]")
+    recipe.check_like(position, "position", x, (x.shape[1], x.shape[3]), "[T, C]", optional=True)
+    recipe.check_one_dtype(features=features, cube=cube, frame_context=frame_context, weight1=weight1, bias1=bias1,
+                           weight2=weight2, bias2=bias2)  # fmt: skip
     backends.without_kernel("interpolation_head", backend, x)
     logits = F.linear(functional.head_hidden(features, cube, frame_context, weight1, bias1), weight2, bias2)
     return pair_interpolate(x, logits, position, backend=backend)

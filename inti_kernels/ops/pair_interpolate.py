@@ -53,10 +53,10 @@ def _(grad_z, grad_weights, x, logits, position, needs, grad_x_accumulate, backe
 def _(info, in_dims, grad_z, grad_weights, x, logits, position, needs, grad_x_accumulate, backend):  # type: ignore[no-untyped-def]
     args = (grad_z, grad_weights, x, logits, position, needs, grad_x_accumulate, backend)
     size = info.batch_size
-    if needs[2]:
+    if needs[2] or in_dims[4] is not None:
         return recipe.one_by_one(_backward, size, in_dims, args), (0, 0, 0)
     folded = [recipe.fold(arg, axis, size) for arg, axis in zip(args[:4], in_dims, strict=False)]
-    return recipe.unfold(_backward(*folded, position, needs, None, backend), size), (0, 0, 0)
+    return recipe.unfold(_backward(*folded, position, needs, grad_x_accumulate, backend), size), (0, 0, 0)
 
 
 class PairInterpolate(torch.autograd.Function):
@@ -73,9 +73,9 @@ class PairInterpolate(torch.autograd.Function):
 
     @staticmethod
     @recipe.differentiable_once("pair_interpolate")
-    def backward(ctx: Any, grad_z: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_z: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        grads = _backward(grad_z, grad_weights, *ctx.saved_tensors, needs, None, ctx.backend)
+        grads = _backward(grad_z, grad_weights, *saved, needs, None, ctx.backend)
         return *recipe.only_needed(grads, needs), None
 
     @staticmethod
@@ -118,9 +118,10 @@ def pair_interpolate(
     batch, frames, tokens, dim = x.shape
     functional.check_pairs(frames)
     recipe.check_like(logits, "logits", x, (batch, frames // 2, tokens, 2), "[B, T/2, N, 2]")
-    recipe.check_like(position, "position", x, (frames, dim), "[T, C]")
-    backend = backends.requested(backend)
+    recipe.check_like(position, "position", x, (frames, dim), "[T, C]", optional=True)
+    backend = backends.resolve("pair_interpolate", backend, x)
     if backend == "reference":
         backends.count_reference("pair_interpolate")
-        return functional.pair_interpolate(x, logits, position)
+        return recipe.without_autocast(functional.pair_interpolate)(x, logits, position)
+    recipe.leave_transforms_to_eager()
     return PairInterpolate.apply(x, logits, position, backend)

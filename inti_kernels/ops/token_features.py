@@ -41,7 +41,7 @@ def token_features(
 
     Raises:
         ValueError: shapes that don't go together, odd T, tensors on different devices, an unknown backend.
-        TypeError: an input that isn't a dense floating tensor.
+        TypeError: an input that isn't a dense floating tensor; mixed dtypes outside autocast.
         RuntimeError: the backend that was asked for can't run here.
     """
     recipe.check_tokens(x)
@@ -49,9 +49,10 @@ def token_features(
     functional.check_pairs(frames)
     recipe.check_like(norm_weight, "norm_weight", x, (dim,), "[C]")
     recipe.check_like(norm_bias, "norm_bias", x, (dim,), "[C]")
-    recipe.check_floating(weight, "weight")
+    recipe.check_matrix(weight, "weight")
     recipe.check_like(weight, "weight", x, (weight.shape[0], dim), "[D, C]")
     recipe.check_like(bias, "bias", x, (weight.shape[0],), "[D]")
-    recipe.check_like(position, "position", x, (frames, dim), "[T, C]")
+    recipe.check_like(position, "position", x, (frames, dim), "[T, C]", optional=True)
+    recipe.check_one_dtype(x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
     backends.without_kernel("token_features", backend, x)
     return functional.token_features(x, norm_weight, norm_bias, weight, bias, position, eps=eps)

@@ -22,6 +22,42 @@ def check_pairs(frames: int) -> None:
         raise ValueError(f"frames must be even to form pairs, got {frames}")
 
 
+def check_whole(**sizes: int) -> None:
+    """Sizes must be whole numbers.
+
+    Raises:
+        TypeError: one isn't an int.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_prefix(prefix: int) -> None:
+    """The number of tokens before the patches.
+
+    Raises:
+        TypeError, ValueError: it isn't a whole number, or is negative.
+    """
+    check_whole(prefix=prefix)
+    if prefix < 0:
+        raise ValueError(f"prefix must be 0 or more tokens, got {prefix}")
+
+
+def check_grid(grid: tuple[int, int]) -> None:
+    """The patches of a frame: (H, W), both at least 1.
+
+    Raises:
+        TypeError, ValueError: it isn't a pair of whole numbers, or one is below 1.
+    """
+    if not isinstance(grid, (tuple, list)):
+        raise TypeError(f"grid must be (H, W), two whole numbers, got {grid!r}")
+    for size in grid:
+        check_whole(grid=size)
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be (H, W), both at least 1, got {tuple(grid)}")
+
+
 def add_position(x: Tensor, position: Tensor | None) -> Tensor:
     """Adds the temporal position to every token of a frame: x + σ·P (Eq. 8).
 
@@ -73,6 +109,16 @@ def pair_interpolate(x: Tensor, logits: Tensor, position: Tensor | None = None) 
     return weighted_sum(add_position(x, position), weights), weights
 
 
+def tokens_to_grid(x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """[B, T, prefix + H·W, C] → the patches as convolutions take them, [B, C, T, H, W] (a view)."""
+    return x[:, :, prefix:].unflatten(2, grid).permute(0, 4, 1, 2, 3)
+
+
+def grid_to_tokens(cube: Tensor, prefix: int) -> Tensor:
+    """[B, C, T, H, W] → [B, T, prefix + H·W, C], zeros in the prefix tokens' place."""
+    return F.pad(cube.permute(0, 2, 3, 4, 1).flatten(2, 3), (0, 0, prefix, 0))
+
+
 def depthwise_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -105,12 +151,11 @@ def depthwise_conv3d(
     """
     if temporal_stride == 2:
         check_pairs(x.shape[1])
-    patches = add_position(x, position)[:, :, prefix:].unflatten(2, grid).permute(0, 4, 1, 2, 3)  # [B, C, T, H, W]
+    patches = tokens_to_grid(add_position(x, position), grid, prefix)
     padding = tuple(size // 2 for size in weight.shape[2:])
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     cube = F.conv3d(patches, weight, bias, (temporal_stride, 1, 1), padding, groups=x.shape[-1])
-    tokens = cube.permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T/stride, H·W, C]
-    return F.pad(tokens, (0, 0, prefix, 0))
+    return grid_to_tokens(cube, prefix)
 
 
 def norm_linear_gelu(

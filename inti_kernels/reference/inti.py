@@ -26,12 +26,8 @@ class NormLinearGELU(nn.Module):
         self.norm = nn.LayerNorm(in_features)
         self.linear = nn.Linear(in_features, out_features)
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """LayerNorm weight and bias, Linear weight and bias: what the functional forms take."""
-        return self.norm.weight, self.norm.bias, self.linear.weight, self.linear.bias
-
     def forward(self, x: Tensor) -> Tensor:
-        return functional.norm_linear_gelu(x, *self.arguments(), self.norm.eps)
+        return F.gelu(self.linear(self.norm(x)))
 
 
 class Head(nn.Module):
@@ -80,6 +76,7 @@ class InTI(nn.Module):
 
     Raises:
         ValueError: for values that don't go together; the message says what was expected.
+        TypeError: sizes that aren't whole numbers.
     """
 
     def __init__(
@@ -95,6 +92,8 @@ class InTI(nn.Module):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(context, Iterable):
+            raise TypeError(f"context must be a subset of {LEVELS}, got {context!r}")
         context = (context,) if isinstance(context, str) else tuple(context)
         _check_arguments(dim, frames, grid, prefix, context, fusion, head, hidden)
         self.dim, self.frames, self.grid, self.prefix = dim, frames, (int(grid[0]), int(grid[1])), prefix
@@ -181,8 +180,7 @@ class InTI(nn.Module):
 
     def _logits(self, features: Tensor, levels: dict[str, Tensor]) -> Tensor:
         """[B, T/2, N, 2]."""
-        hidden = self._hidden(*self._head_inputs(features, levels))
-        return F.linear(hidden, self.head.linear2.weight, self.head.linear2.bias)
+        return self.head.linear2(self._hidden(*self._head_inputs(features, levels)))
 
     def _attention_scores(self, x: Tensor, levels: dict[str, Tensor]) -> Tensor:
         """q·f of the two frames of every pair [B, T/2, N, 2]."""
@@ -194,15 +192,16 @@ class InTI(nn.Module):
 
     def _cube(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """F_cube (Eq. 10): [B, T/2, N, C]."""
-        return functional.depthwise_conv3d(x, self.cube.weight, self.cube.bias, grid, prefix=self.prefix)
+        return functional.grid_to_tokens(self.cube(functional.tokens_to_grid(x, grid, self.prefix)), self.prefix)
 
     def _token_features(self, x: Tensor) -> Tensor:
         """F_token (Eq. 9): [B, T/2, N, C]."""
-        return functional.token_features(x, *self.token.arguments(), eps=self.token.norm.eps)
+        frames = self.token(x)  # [B, T, N, C/2]
+        return torch.cat((frames[:, 0::2], frames[:, 1::2]), dim=-1)
 
     def _hidden(self, features: Tensor, cube: Tensor | None, frame_context: Tensor | None) -> Tensor:
         """The head's hidden layer [B, T/2, N, h]."""
-        return functional.head_hidden(features, cube, frame_context, self.head.linear1.weight, self.head.linear1.bias)
+        return F.gelu(self.head.linear1(functional.head_inputs(features, cube, frame_context)))
 
     def _interpolate(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax and Eq. 7: z [B, T/2, N, C] and the weights [B, T/2, N, 2]."""
@@ -220,6 +219,7 @@ class InTI(nn.Module):
         Raises:
             ValueError: frames is odd or below 2.
         """
+        functional.check_whole(frames=frames)
         functional.check_pairs(frames)
         table = self.position.detach()[:, 0].T[None]  # [1, C, T]
         wide = table.to(torch.promote_types(table.dtype, torch.float32))
@@ -241,7 +241,7 @@ class InTI(nn.Module):
             )
         if x.shape[3] != self.dim:
             raise ValueError(f"x must have dim {self.dim}, got {x.shape[3]}")
-        _check_grid(grid)
+        functional.check_grid(grid)
         if x.shape[2] != self.prefix + grid[0] * grid[1]:
             raise ValueError(
                 f"expected {self.prefix} prefix tokens + the grid {tuple(grid)} = "
@@ -255,11 +255,6 @@ class InTI(nn.Module):
         )
 
 
-def _check_grid(grid: tuple[int, int]) -> None:
-    if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"grid must be (H, W), both at least 1, got {grid}")
-
-
 def _check_arguments(
     dim: int,
     frames: int,
@@ -270,20 +265,20 @@ def _check_arguments(
     head: str,
     hidden: int | None,
 ) -> None:
+    functional.check_whole(dim=dim, frames=frames, hidden=1 if hidden is None else hidden)
+    functional.check_prefix(prefix)
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"hidden must be at least 1, got {hidden}")
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be even and positive (the token level makes dim/2 of each frame), got {dim}")
     functional.check_pairs(frames)
-    _check_grid(grid)
-    if prefix < 0:
-        raise ValueError(f"prefix must be 0 or more tokens, got {prefix}")
+    functional.check_grid(grid)
     if unknown := set(context) - set(LEVELS):
         raise ValueError(f"context must be a subset of {LEVELS}, got {sorted(unknown)}")
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {FUSIONS}, got {fusion!r}")
     if head not in HEADS:
         raise ValueError(f"head must be one of {HEADS}, got {head!r}")
-    if hidden is not None and hidden < 1:
-        raise ValueError(f"hidden must be at least 1, got {hidden}")
     if head == "attention" and fusion == "add" and context:
         raise ValueError(
             "fusion='add' sums F_token and the context, both of width dim; the attention head's per-frame feature has "

@@ -30,7 +30,7 @@ struct PairInterpolateBackward {
   const void* position;
   const void* grad_z;  // [batch, frames/2, tokens, dim], grad_z_strides
   Strides grad_z_strides;
-  const double* grad_weights;  // [batch, frames/2, tokens, 2], or null for 0
+  const double* grad_weights;  // [batch, frames/2, tokens, 2]
   void* grad_x;                // [batch, frames, tokens, dim] contiguous, or null
   bool accumulate;             // grad_x is added to, not written
   double* grad_logits;         // [batch, frames/2, tokens, 2], or null
