@@ -95,10 +95,13 @@ def leave_transforms_to_eager() -> None:
         torch._dynamo.graph_break()
 
 
-@torch.compiler.assume_constant_result
 def _transforming() -> bool:
     in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return in_functorch or torch.autograd.forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result does, less its import of all of Dynamo.
+_transforming._dynamo_marked_constant = True
 
 
 class _OnceOnly(torch.autograd.Function):
