@@ -80,9 +80,14 @@ void stage_row(const Source& source, int64_t batch, int64_t frame, int64_t r, co
                     (source.prefix + r * source.width) * source.strides.token + tile.channel;
   for (int i = 0; i < tile.columns + 2 * halo; ++i) {
     const int64_t column = tile.column + i - halo;
-    if (r >= 0 && r < source.height && column >= 0 && column < source.width)
-      stage_token(tokens + column * source.strides.token, position, tile.channels, row.at[i]);
-    else
+    if (r >= 0 && r < source.height && column >= 0 && column < source.width) {
+      const T* token = tokens + column * source.strides.token;
+      // A block of channels is too short a run for the processor to see what comes: the same token of the next row.
+      if (r + 1 < source.height)
+        for (int c = 0; c < tile.channels; c += 64 / int(sizeof(T)))
+          __builtin_prefetch(token + source.width * source.strides.token + c);
+      stage_token(token, position, tile.channels, row.at[i]);
+    } else
       for (int c = 0; c < kChannels<A>; ++c) row.at[i][c] = 0;
   }
 }
