@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_suite import Subject
+from op_subject import Subject
 
 from inti_kernels import ops, reference
 from inti_kernels.testing import assert_close_three_way, three_way

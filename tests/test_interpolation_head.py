@@ -8,7 +8,7 @@ from typing import Any
 import op_suite
 import pytest
 import torch
-from op_suite import Subject, assert_same_bits, gradients, layouts
+from op_subject import Subject, assert_same_bits, gradients, layouts
 
 from inti_kernels import backends, ops, reference
 from inti_kernels.testing import assert_close_three_way, three_way

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_suite import Subject
+from op_subject import Subject, assert_same_bits
 
 from inti_kernels import ops, reference
 from inti_kernels.testing import assert_close_three_way, compare, three_way
@@ -62,7 +62,7 @@ def test_float64_logits(backend: str, dtype: torch.dtype) -> None:
         assert weights.dtype == logits.dtype
         torch.testing.assert_close(weights, logits.softmax(-1))
     assert results[0][1].dtype == torch.float64
-    op_suite.assert_same_bits(results[0][0], results[1][0])
+    assert_same_bits(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1].float(), results[1][1])
 
 

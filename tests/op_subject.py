@@ -1,0 +1,96 @@
+"""An op as its tests see it, and what they compare by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inti_kernels import ops
+from inti_kernels.testing import OpCase, op_cases
+
+SMALL = {"batch": 2, "frames": 4, "grid": (3, 2), "dim": 5, "prefix": 1}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An op as the checks see it.
+
+    Attributes:
+        name: of the op.
+        arguments: the inputs in the order in which the custom op takes them.
+        sizes: more arguments of `op_cases`, such as a kernel.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    def case(self, dtype: torch.dtype = torch.float32, **changes: Any) -> OpCase:
+        return op_cases(self.name, dtype=dtype, **{**SMALL, **self.sizes, **changes})
+
+    def leaves(self, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[list[Tensor], Callable[..., Any]]:
+        """The inputs, requiring grad, and the user's function of them: run(*leaves, backend=…)."""
+        inputs, kwargs = self.case(dtype, **changes)
+        names = [name for name, value in inputs.items() if value is not None]
+
+        def run(*values: Tensor, backend: str | None = "cpu") -> Any:
+            return getattr(ops, self.name)(**dict(zip(names, values, strict=True)), **kwargs, backend=backend)
+
+        return [inputs[name].requires_grad_() for name in names], run
+
+    def custom_op_args(self, case: OpCase, backend: str = "cpu") -> tuple[Any, ...]:
+        inputs, kwargs = case
+        sizes = [list(v) if isinstance(v, tuple) else v for v in kwargs.values()]
+        return (*(inputs[name] for name in self.arguments), *sizes, backend)
+
+    def backward(self, case: OpCase, needs: list[bool], accumulate: Tensor | None = None, seed: int = 0) -> Any:
+        """The private backward op on random upstream gradients."""
+        *args, backend = self.custom_op_args(case)
+        generator = torch.Generator().manual_seed(seed)
+        outputs = as_tuple(getattr(torch.ops.inti_kernels, self.name)(*args, backend))
+        upstream = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+        return getattr(torch.ops.inti_kernels, f"{self.name}_backward")(*upstream, *args, needs, accumulate, backend)
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def loss(outputs: Any) -> Tensor:
+    """A scalar in which every output counts, each element differently."""
+    terms = []
+    for number, out in enumerate(as_tuple(outputs)):
+        scale = torch.linspace(0.5, 1.5 + number, out.numel(), dtype=torch.float64).reshape(out.shape)
+        terms.append((out.double() * scale).sum())
+    return torch.stack(terms).sum()
+
+
+def gradients(run: Callable[..., Any], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(run(*leaves)), leaves)
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    actual, expected = as_tuple(actual), as_tuple(expected)
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same numbers in other memory: strides and offsets that users' models have."""
+    b, t, n, c = x.shape
+    wide = torch.full((b, t, n, c + 3), float("nan"), dtype=x.dtype)
+    wide[..., 2:-1] = x
+    sliced = torch.full((b, t, n + 2, c), float("nan"), dtype=x.dtype)
+    sliced[:, :, 1:-1] = x
+    return {
+        "sequence first": x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+        "time first": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "an offset and a wider row": wide[..., 2:-1],
+        "a slice of the tokens": sliced[:, :, 1:-1],
+        "channels not contiguous": x.transpose(2, 3).contiguous().transpose(2, 3),
+    }
