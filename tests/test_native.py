@@ -48,6 +48,17 @@ def test_rounds_to_nearest_even(backend: str, dtype: torch.dtype) -> None:
         assert torch.equal(mean_of(numbers, other, backend), expected)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_infinities_stay(backend: str, dtype: torch.dtype) -> None:
+    """Infinity isn't the number that its bits would be: the mean of it and any finite number is infinite."""
+    numbers = every_number(dtype)
+    numbers = numbers[numbers.isfinite()]
+    numbers = numbers[: numbers.numel() // 64 * 64]
+    for infinity in (float("inf"), float("-inf")):
+        mean = mean_of(numbers, torch.full_like(numbers, infinity), backend)
+        assert bool((mean == infinity).all())
+
+
 def test_instruction_sets_can_be_chosen() -> None:
     module = native.load()
     isas = module.cpu_isas()
