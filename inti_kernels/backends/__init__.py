@@ -33,6 +33,8 @@ executed: Counter[tuple[str, str]] = Counter()
 _DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 _active = os.environ.get("INTI_BACKEND") or "auto"
 _noted: set[str] = set()
+# What can run once can run always (a missing module may yet be built): (candidates, device type, dtype) -> backend.
+_usable: dict[tuple[tuple[str, ...], str, torch.dtype], str] = {}
 _counting = threading.Lock()
 
 
@@ -147,10 +149,14 @@ def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "
 
 
 def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> str:
+    key = (candidates, x.device.type, x.dtype)
+    if key in _usable:
+        return _usable[key]
     reasons = {}
     for name in candidates:
         reasons[name] = why_not(name, op, device=x.device, dtype=x.dtype)
         if not reasons[name]:
+            _usable[key] = name
             return name
     why = "; ".join(f"{name}: {' '.join(sentences)}" for name, sentences in reasons.items())
     note(f"inti_kernels.{op} runs as plain PyTorch (backend 'reference') here. {why}")

@@ -1,5 +1,6 @@
 """What every op's autograd recipe shares: checks of the input, and the rules for vmap."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -102,6 +103,12 @@ def _transforming() -> bool:
 
 # What torch.compiler.assume_constant_result does, less its import of all of Dynamo.
 _transforming._dynamo_marked_constant = True
+
+
+def keep_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """PyTorch binds the arguments by inspect.signature(forward) at every call; this makes it a look-up."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
 
 
 class _OnceOnly(torch.autograd.Function):

@@ -79,6 +79,7 @@ def _(
     return recipe.unfold(_backward(*folded, weight, bias, position, *sizes), size), (0, 0, 0, 0)
 
 
+@recipe.keep_signature
 class DepthwiseConv3d(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 

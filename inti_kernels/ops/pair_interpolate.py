@@ -59,6 +59,7 @@ def _(info, in_dims, grad_z, grad_weights, x, logits, position, needs, grad_x_ac
     return recipe.unfold(_backward(*folded, position, needs, grad_x_accumulate, backend), size), (0, 0, 0)
 
 
+@recipe.keep_signature
 class PairInterpolate(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
