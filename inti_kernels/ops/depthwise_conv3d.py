@@ -14,9 +14,8 @@ from . import _recipe as recipe
 CASES = (((3, 3, 3), 2), ((3, 3, 3), 1), ((3, 1, 1), 1))
 
 
-@torch.library.custom_op("inti_kernels::depthwise_conv3d", mutates_args=())
 @recipe.without_autocast
-def _forward(
+def _run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -30,15 +29,8 @@ def _forward(
     return module.depthwise_conv3d_forward(x, weight, bias, position, grid, temporal_stride, prefix)
 
 
-@_forward.register_fake
-def _(x, weight, bias, position, grid, temporal_stride, prefix, backend):  # type: ignore[no-untyped-def]
-    batch, frames, tokens, dim = x.shape
-    return x.new_empty(batch, frames // temporal_stride, tokens, dim)
-
-
-@torch.library.custom_op("inti_kernels::depthwise_conv3d_backward", mutates_args={"grad_x_accumulate"})
 @recipe.without_autocast
-def _backward(
+def _run_backward(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -58,6 +50,18 @@ def _backward(
         grad_y, x, weight, bias, position, grid, temporal_stride, prefix, needs, grad_x_accumulate
     )
     return recipe.present(grads, x)
+
+
+_forward = torch.library.custom_op("inti_kernels::depthwise_conv3d", _run_forward, mutates_args=())
+_backward = torch.library.custom_op(
+    "inti_kernels::depthwise_conv3d_backward", _run_backward, mutates_args={"grad_x_accumulate"}
+)
+
+
+@_forward.register_fake
+def _(x, weight, bias, position, grid, temporal_stride, prefix, backend):  # type: ignore[no-untyped-def]
+    batch, frames, tokens, dim = x.shape
+    return x.new_empty(batch, frames // temporal_stride, tokens, dim)
 
 
 @_backward.register_fake
@@ -94,7 +98,8 @@ class DepthwiseConv3d(torch.autograd.Function):
         prefix: int,
         backend: str,
     ) -> Tensor:
-        return _forward(x, weight, bias, position, grid, temporal_stride, prefix, backend)
+        run = _run_forward if recipe.plain_eager(x) else _forward
+        return run(x, weight, bias, position, grid, temporal_stride, prefix, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -105,7 +110,8 @@ class DepthwiseConv3d(torch.autograd.Function):
     @recipe.differentiable_once("depthwise_conv3d")
     def backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
-        grads = _backward(grad_y, *saved, *ctx.sizes, needs, None, ctx.backend)
+        run = _run_backward if recipe.plain_eager(grad_y) else _backward
+        grads = run(grad_y, *saved, *ctx.sizes, needs, None, ctx.backend)
         return *recipe.only_needed(grads, needs), None, None, None, None
 
     @staticmethod

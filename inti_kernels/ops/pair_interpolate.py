@@ -11,21 +11,13 @@ from ..reference import functional
 from . import _recipe as recipe
 
 
-@torch.library.custom_op("inti_kernels::pair_interpolate", mutates_args=())
 @recipe.without_autocast
-def _forward(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def _run_forward(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     return backends.implementation("pair_interpolate", backend, x).pair_interpolate_forward(x, logits, position)
 
 
-@_forward.register_fake
-def _(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    batch, frames, tokens, dim = x.shape
-    return x.new_empty(batch, frames // 2, tokens, dim), logits.new_empty(logits.shape)
-
-
-@torch.library.custom_op("inti_kernels::pair_interpolate_backward", mutates_args={"grad_x_accumulate"})
 @recipe.without_autocast
-def _backward(
+def _run_backward(
     grad_z: Tensor,
     grad_weights: Tensor,
     x: Tensor,
@@ -40,6 +32,18 @@ def _backward(
     module = backends.implementation("pair_interpolate", backend, x, direction="backward")
     grads = module.pair_interpolate_backward(grad_z, grad_weights, x, logits, position, needs, grad_x_accumulate)
     return recipe.present(grads, x)
+
+
+_forward = torch.library.custom_op("inti_kernels::pair_interpolate", _run_forward, mutates_args=())
+_backward = torch.library.custom_op(
+    "inti_kernels::pair_interpolate_backward", _run_backward, mutates_args={"grad_x_accumulate"}
+)
+
+
+@_forward.register_fake
+def _(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    batch, frames, tokens, dim = x.shape
+    return x.new_empty(batch, frames // 2, tokens, dim), logits.new_empty(logits.shape)
 
 
 @_backward.register_fake
@@ -65,7 +69,8 @@ class PairInterpolate(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-        return _forward(x, logits, position, backend)
+        run = _run_forward if recipe.plain_eager(x) else _forward
+        return run(x, logits, position, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -76,7 +81,8 @@ class PairInterpolate(torch.autograd.Function):
     @recipe.differentiable_once("pair_interpolate")
     def backward(ctx: Any, saved: tuple[Any, ...], grad_z: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        grads = _backward(grad_z, grad_weights, *saved, needs, None, ctx.backend)
+        run = _run_backward if recipe.plain_eager(grad_z) else _backward
+        grads = run(grad_z, grad_weights, *saved, needs, None, ctx.backend)
         return *recipe.only_needed(grads, needs), None
 
     @staticmethod
