@@ -254,6 +254,7 @@ def test_an_explicit_backend_that_cannot_run_says_why(monkeypatch):
     """It never falls back; `auto` does, and says so once."""
     monkeypatch.setattr("inti_kernels.backends.native.why_not_native", lambda: ["it was never built."])
     monkeypatch.setattr(backends, "_noted", set())
+    monkeypatch.setattr(backends, "_usable", {})
     inti, x = module_case(dim=6, frames=4, grid=(2, 3))
     with pytest.raises(RuntimeError, match="depthwise_conv3d can't run on .*cpu.*it was never built"):
         FusedInTI.from_reference(inti, backend="cpu")(x)
