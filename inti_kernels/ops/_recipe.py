@@ -108,7 +108,7 @@ _transforming._dynamo_marked_constant = True
 def plain_eager(x: Tensor) -> bool:
     """Whether the dispatcher has nothing to add: no tracing, no transform, no dispatch mode, no tensor subclass.
 
-    An op's Function then calls its implementation itself; a quarter of a millisecond a step, with cold caches.
+    An op's Function then calls its implementation itself; 0.2 ms less for a forward and backward with cold caches.
     """
     return (
         not torch.compiler.is_compiling()
