@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Contiguous and uninitialised, of ``like``'s dtype and device. The tests fill it with NaN, so that what a kernel
-    leaves unwritten shows."""
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous and uninitialised, of ``like``'s device, and its dtype if no other is given. The tests fill it with
+    NaN, so that what a kernel leaves unwritten shows."""
+    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)

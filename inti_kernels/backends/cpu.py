@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import native, note
+from . import native
+from ._arguments import channels_contiguous, expect, expect_convolution, gradient_buffer, taps_first, wide_dtype
 from ._memory import empty
 
 Gradients = tuple[Tensor | None, ...]
@@ -19,8 +20,8 @@ Gradients = tuple[Tensor | None, ...]
 
 def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, frames, tokens, dim = x.shape
-    _expect((logits, (batch, frames // 2, tokens, 2)), (position, (frames, dim)))
-    x = _channels_contiguous(x, "pair_interpolate")
+    expect(x, (logits, (batch, frames // 2, tokens, 2)), (position, (frames, dim)))
+    x = channels_contiguous(x, "pair_interpolate")
     logits64, position = logits.to(torch.float64).contiguous(), _wide(position, x)
     z = empty((batch, frames // 2, tokens, dim), x)
     weights = empty(logits64.shape, logits64)
@@ -49,11 +50,11 @@ def pair_interpolate_backward(
     batch, frames, tokens, dim = x.shape
     module = native.load()
     pairs = (batch, frames // 2, tokens)
-    _expect((logits, (*pairs, 2)), (grad_weights, (*pairs, 2)), (grad_z, (*pairs, dim)), (position, (frames, dim)))
-    x, grad_z = _channels_contiguous(x, "pair_interpolate"), _channels_contiguous(grad_z)
+    expect(x, (logits, (*pairs, 2)), (grad_weights, (*pairs, 2)), (grad_z, (*pairs, dim)), (position, (frames, dim)))
+    x, grad_z = channels_contiguous(x, "pair_interpolate"), channels_contiguous(grad_z)
     logits64, wide_position = logits.to(torch.float64).contiguous(), _wide(position, x)
     grad_weights = grad_weights.to(torch.float64).contiguous()
-    grad_x = _grad_x(x, needs[0], grad_x_accumulate)
+    grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_logits = empty(logits64.shape, logits64) if needs[1] else None
     grad_position = partials = None
     if needs[2]:
@@ -92,9 +93,9 @@ def depthwise_conv3d_forward(
     prefix: int,
 ) -> Tensor:
     batch, frames, tokens, dim = x.shape
-    _expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
-    x = _channels_contiguous(x, "depthwise_conv3d")
-    taps, bias, position = _taps(weight, x), _wide(bias, x), _wide(position, x)
+    expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
+    x = channels_contiguous(x, "depthwise_conv3d")
+    taps, bias, position = taps_first(weight, wide_dtype(x)), _wide(bias, x), _wide(position, x)
     y = empty((batch, frames // temporal_stride, tokens, dim), x)
     native.load().depthwise_conv3d_forward(
         shape=(batch, frames, prefix, *grid, dim, temporal_stride),
@@ -124,11 +125,11 @@ def depthwise_conv3d_backward(
 ) -> Gradients:
     batch, frames, tokens, dim = x.shape
     module = native.load()
-    _expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
-    _expect((grad_y, (batch, frames // temporal_stride, tokens, dim)))
-    x, grad_y = _channels_contiguous(x, "depthwise_conv3d"), _channels_contiguous(grad_y)
-    taps, wide_position = _taps(weight, x), _wide(position, x)
-    grad_x = _grad_x(x, needs[0], grad_x_accumulate)
+    expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
+    expect(x, (grad_y, (batch, frames // temporal_stride, tokens, dim)))
+    x, grad_y = channels_contiguous(x, "depthwise_conv3d"), channels_contiguous(grad_y)
+    taps, wide_position = taps_first(weight, wide_dtype(x)), _wide(position, x)
+    grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_taps = weight_partials = grad_position = position_partials = None
     if needs[1] or needs[2]:
         # The last row is the bias's: its sums come out of the same pass.
@@ -164,38 +165,6 @@ def depthwise_conv3d_backward(
     )
 
 
-def _expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """The last look before addresses are handed over. The user's functions have checked, and say more; an exported
-    graph or a vmap rule calls the op itself."""
-    for tensor, shape in pairs:
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.device.type != "cpu"):
-            raise ValueError(f"expected {shape} on the CPU, got {tuple(tensor.shape)} on {tensor.device}")
-
-
-def _expect_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    grid: Sequence[int],
-    temporal_stride: int,
-    prefix: int,
-) -> None:
-    batch, frames, tokens, dim = x.shape
-    space = weight.shape[-1]
-    _expect((weight, (dim, 1, 3, space, space)), (bias, (dim,)), (position, (frames, dim)))
-    if (
-        space not in (1, 3)
-        or frames % temporal_stride
-        or min(*grid, prefix + 1) < 1
-        or tokens != prefix + grid[0] * grid[1]
-    ):
-        raise ValueError(
-            f"x {tuple(x.shape)} doesn't go with weight {tuple(weight.shape)}, grid {tuple(grid)}, prefix {prefix} and "
-            f"temporal_stride {temporal_stride}"
-        )
-
-
 def _common(x: Tensor) -> dict[str, object]:
     return {"dtype": str(x.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
 
@@ -206,31 +175,4 @@ def _address(tensor: Tensor | None) -> int:
 
 def _wide(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     """In what the kernels compute x's dtype in: float64 for float64, else float32."""
-    return None if tensor is None else tensor.to(_wide_dtype(x)).contiguous()
-
-
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _taps(weight: Tensor, x: Tensor) -> Tensor:
-    """[C, 1, KT, KH, KW] → wide [KT·KH·KW, C]: the channels, along which the kernels vectorise, contiguous."""
-    return weight.to(_wide_dtype(x)).reshape(weight.shape[0], -1).t().contiguous()
-
-
-def _grad_x(x: Tensor, need: bool, accumulate: Tensor | None) -> Tensor | None:
-    if not need:
-        return None
-    return empty(x.shape, x) if accumulate is None else accumulate
-
-
-def _channels_contiguous(tensor: Tensor, op: str | None = None) -> Tensor:
-    """Any strides but the last, which must be 1; a copy of tokens (not of a gradient) is worth a note."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    if op is not None:
-        note(
-            f"{op}: the channels of x are not contiguous (strides {tuple(tensor.stride())}), so x is copied at every "
-            "call; x.contiguous() once before, or a layout with channels last, avoids it."
-        )
-    return tensor.contiguous()
+    return None if tensor is None else tensor.to(wide_dtype(x)).contiguous()

@@ -1,0 +1,81 @@
+"""What every backend with kernels does to its arguments before it hands their addresses over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import note
+from ._memory import empty
+
+
+def expect(x: Tensor, *pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """The last look before addresses are handed over. The user's functions have checked, and say more; an exported
+    graph or a vmap rule calls the op itself.
+
+    Args:
+        x: the tokens, whose device all others must be on.
+        *pairs: each a tensor (or None) and the shape it must have.
+
+    Raises:
+        ValueError: one has another shape, or is elsewhere.
+    """
+    for tensor, shape in pairs:
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.device != x.device):
+            raise ValueError(f"expected {shape} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}")
+
+
+def expect_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    grid: Sequence[int],
+    temporal_stride: int,
+    prefix: int,
+) -> None:
+    """`expect` for depthwise_conv3d."""
+    batch, frames, tokens, dim = x.shape
+    space = weight.shape[-1]
+    expect(x, (weight, (dim, 1, 3, space, space)), (bias, (dim,)), (position, (frames, dim)))
+    if (
+        (space, temporal_stride) not in ((3, 2), (3, 1), (1, 1))
+        or frames % temporal_stride
+        or min(*grid, prefix + 1) < 1
+        or tokens != prefix + grid[0] * grid[1]
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)} doesn't go with weight {tuple(weight.shape)}, grid {tuple(grid)}, prefix {prefix} and "
+            f"temporal_stride {temporal_stride}"
+        )
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What kernels compute x's dtype in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def taps_first(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, 1, KT, KH, KW] → [KT·KH·KW, C] in ``dtype``: the channels, along which kernels vectorise, contiguous."""
+    return weight.to(dtype).reshape(weight.shape[0], -1).t().contiguous()
+
+
+def gradient_buffer(x: Tensor, need: bool, accumulate: Tensor | None) -> Tensor | None:
+    """Where the gradient of x goes: the buffer to add to if there is one, else fresh memory; None if it isn't needed."""
+    if not need:
+        return None
+    return empty(x.shape, x) if accumulate is None else accumulate
+
+
+def channels_contiguous(tensor: Tensor, op: str | None = None) -> Tensor:
+    """Any strides but the last, which must be 1; a copy of tokens (not of a gradient) is worth a note."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    if op is not None:
+        note(
+            f"{op}: the channels of x are not contiguous (strides {tuple(tensor.stride())}), so x is copied at every "
+            "call; x.contiguous() once before, or a layout with channels last, avoids it."
+        )
+    return tensor.contiguous()

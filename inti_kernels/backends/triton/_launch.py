@@ -1,0 +1,222 @@
+"""How every Triton kernel is launched: on x's device, in the current stream, with settings from a table or tuned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._arguments import wide_dtype
+
+VECTOR_BYTES = 16  # the widest access that a thread makes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Launch settings of a kernel.
+
+    Attributes:
+        tokens: tokens of a program's tile, a power of 2.
+        channels: channels of a tile, a power of 2.
+        warps: of a program.
+        frames: input frames of a program's run, where it walks along them.
+    """
+
+    tokens: int
+    channels: int
+    warps: int
+    frames: int = 1
+
+    def blocks(self, dim: int) -> int:
+        """How many blocks of channels cover them all."""
+        return triton.cdiv(dim, self.channels)
+
+
+# kernel -> rows of (least compute capability, least dim, settings); the first row that fits is taken. V100 relies on
+# this table: nothing is measured before the first step. What it is chosen for, at batch 1, dim 768, 14×14, 16 frames:
+# * at least 160 programs, two for each of V100's 80 SMs; narrow models get there by smaller tiles, GPUs of more SMs and
+#   with an L2 that holds the clip by shorter runs;
+# * rows of 32 bytes or more, so that no sector is read by halves;
+# * 8 elements a thread in each sum (16 in pair_interpolate): no spills, and 16 warps an SM or more.
+_TABLE: dict[str, tuple[tuple[int, int, Settings], ...]] = {
+    "pair_interpolate_forward": (
+        (70, 512, Settings(tokens=8, channels=256, warps=4)),
+        (70, 0, Settings(tokens=8, channels=128, warps=2)),
+    ),
+    "pair_interpolate_backward": (
+        (70, 512, Settings(tokens=8, channels=256, warps=4)),
+        (70, 0, Settings(tokens=8, channels=128, warps=2)),
+    ),
+}
+for _kernel in ("forward", "backward_x", "backward_weight"):
+    _TABLE[f"depthwise_conv3d_{_kernel}"] = (
+        (80, 512, Settings(tokens=128, channels=16, warps=8, frames=4)),
+        (80, 0, Settings(tokens=64, channels=16, warps=4, frames=4)),
+        (70, 512, Settings(tokens=128, channels=16, warps=8, frames=8)),
+        (70, 0, Settings(tokens=64, channels=16, warps=4, frames=8)),
+    )
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability of x's device, 70 for 7.0; the interpreter runs V100's settings."""
+    if not x.is_cuda:
+        return 70
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def settings(kernel: str, x: Tensor) -> Settings:
+    """A kernel's settings for tokens like x, by device, dim and dtype."""
+    dim = x.shape[-1]
+    found = next(at for least, width, at in _TABLE[kernel] if capability(x) >= least and dim >= width)
+    if x.element_size() == 8:  # twice the registers an element
+        found = Settings(found.tokens, found.channels // 2, found.warps, found.frames)
+    return found
+
+
+def vector(x: Tensor) -> int:
+    """Elements of the widest access that x's rows and strides allow: a power of 2, up to 16 bytes.
+
+    Kernels take sizes in units of it: Triton then knows what the sizes are multiples of, without compiling anew for
+    every divisibility of every size. (Whether x's address allows it, Triton sees for itself.)
+    """
+    unit = VECTOR_BYTES // x.element_size()
+    while any(size % unit for size in (x.shape[-1], *strides(x, 1).values())):
+        unit //= 2
+    return unit
+
+
+def strides(x: Tensor, unit: int) -> dict[str, int]:
+    """The strides of [B, T, N, C] as kernels take them, in units of `vector`; that of an axis of one is nothing."""
+    names = ("stride_batch", "stride_frame", "stride_token")
+    return {name: x.stride(axis) // unit if x.shape[axis] > 1 else 0 for axis, name in enumerate(names)}
+
+
+def wide(x: Tensor) -> tl.dtype:
+    """What x's dtype is summed in, as Triton names it."""
+    return tl.float64 if wide_dtype(x) == torch.float64 else tl.float32
+
+
+def launch(kernel: Any, programs: Callable[[Settings], int], at: Settings, **arguments: Any) -> None:
+    """Runs a kernel.
+
+    Args:
+        kernel: of @triton.jit.
+        programs: how many programs of given settings there are.
+        at: the settings of the table, which apply unless INTI_AUTOTUNE=1 finds better ones.
+        **arguments: the kernel's, but for TOKENS and CHANNELS.
+    """
+    if not programs(at):
+        return
+    options: dict[str, Any] = {"TOKENS": at.tokens}
+    if autotunes():
+        kernel = _tuned(kernel, at, bool(arguments.get("ACCUMULATE")))
+    else:
+        options |= {"CHANNELS": at.channels, "num_warps": at.warps}
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (programs(replace(at, channels=meta["CHANNELS"])),)
+
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+        run(kernel, grid, arguments | options)
+
+
+def run(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int]], arguments: dict[str, Any]) -> None:
+    """The one place where a kernel starts; what compiles kernels ahead of time takes its place."""
+    kernel[grid](**arguments)
+
+
+# --- Tuning -----------------------------------------------------------------------------------------------------------
+
+
+def autotunes() -> bool:
+    """Whether launches are tuned: INTI_AUTOTUNE=1, unless PyTorch is told to be deterministic (other settings sum in
+    another order, and which of two are faster is not the same every day)."""
+    return os.environ.get("INTI_AUTOTUNE") == "1" and not torch.are_deterministic_algorithms_enabled()
+
+
+@cache
+def _tuned(kernel: Any, at: Settings, accumulates: bool) -> Any:
+    """The kernel behind triton.autotune. TOKENS stays the table's: the number of partial sums hangs on it."""
+    channels = [width for width in (at.channels // 2, at.channels, 2 * at.channels, 4 * at.channels) if width >= 8]
+    configs = [triton.Config({"CHANNELS": c}, num_warps=w) for c in channels for w in (2, 4, 8)]
+    sizes = ("frames", "pairs", "tokens", "height", "width", "dim", "TOKENS", "STRIDE", "SPACE", "VECTOR")
+    key = [name for name in sizes if name in kernel.arg_names]
+    # A buffer that is added to would take the gradient once for every run of the tuner.
+    restore = {"restore_value": ["grad_x"]} if accumulates else {}
+    cached = {"cache_results": True} if caches_tuning() else {}
+    return triton.autotune(configs, key=key, **restore, **cached)(kernel)
+
+
+def caches_tuning() -> bool:
+    """Whether this Triton keeps what triton.autotune found on disk (3.4 and newer); else it's found once a process."""
+    import inspect
+
+    return "cache_results" in inspect.signature(triton.autotune).parameters
+
+
+# --- Partial sums -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count", "stride", "columns", "row_step", "column_step"])
+def _sum_partials_kernel(
+    partials,  # [count, rows, columns], wide; stride(0) is given
+    out,  # element (row, column) at row · row_step + column · column_step
+    count,
+    stride: tl.int64,
+    columns,  # this and stride in units of VECTOR
+    row_step,
+    column_step,
+    VECTOR: tl.constexpr,
+    TOKENS: tl.constexpr,  # partial sums a turn
+    CHANNELS: tl.constexpr,
+):
+    columns *= VECTOR
+    blocks = tl.cdiv(columns, CHANNELS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    there = column < columns
+    sums = tl.zeros((TOKENS, CHANNELS), partials.dtype.element_ty)
+    for first in range(0, count, TOKENS):
+        number = first + tl.arange(0, TOKENS)
+        at = partials + (number.to(tl.int64) * stride * VECTOR)[:, None] + (row * columns + column)[None, :]
+        sums += tl.load(at, mask=(number < count)[:, None] & there[None, :], other=0)
+    total = tl.sum(sums, 0)
+    tl.store(out + row * row_step + column.to(tl.int64) * column_step, total.to(out.dtype.element_ty), mask=there)
+
+
+_SUMMING = Settings(tokens=16, channels=32, warps=4)
+
+
+def sum_partials(partials: Tensor, out: Tensor, steps: Sequence[int]) -> None:
+    """Sums partial sums in a fixed order: out[row·steps[0] + column·steps[1]] = Σ_i partials[i, row, column].
+
+    Args:
+        partials: [count, rows, columns], rows and columns contiguous, float32 or float64.
+        out: written, of any dtype.
+        steps: how far apart out's rows and columns lie.
+    """
+    count, rows, columns = partials.shape
+    unit = VECTOR_BYTES // partials.element_size()
+    while columns % unit or partials.stride(0) % unit:
+        unit //= 2
+    launch(
+        _sum_partials_kernel,
+        lambda at: rows * at.blocks(columns),
+        _SUMMING,
+        partials=partials,
+        out=out,
+        count=count,
+        stride=partials.stride(0) // unit,
+        columns=columns // unit,
+        row_step=steps[0],
+        column_step=steps[1],
+        VECTOR=unit,
+    )

@@ -1,0 +1,227 @@
+"""Compiles every Triton kernel ahead of time, as a launch at real sizes would, and holds it to tests/triton_budget.json.
+
+    python tests/triton_aot.py [--arch 70 …] [--update] [--json FILE]
+
+No GPU is needed. Launches are intercepted where a kernel would start (`_launch.run`), so what is compiled is what a
+user's call compiles. A process of its own, since TRITON_INTERPRET is read when a kernel is defined. Of each kernel are
+held: registers, spills and local memory (none), shared memory, and the global accesses in its PTX: those of 16 bytes,
+and those that are narrower. The budget has a section for each version of Triton; --update writes the one of the Triton
+at hand. Exit status 1 if a figure is over its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are defined
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from inti_kernels.backends.triton import _launch, depthwise_conv3d, pair_interpolate
+from inti_kernels.ops.depthwise_conv3d import CASES
+from inti_kernels.testing import op_cases
+
+BUDGET = Path(__file__).with_name("triton_budget.json")
+ARCHS = (70, 75, 80, 86, 90)
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+# CLIP ViT-B/16 and ViT-L/14 at 224². Both compile to the same code as long as they get the same settings.
+SIZES = ({"dim": 768, "grid": (14, 14)}, {"dim": 1024, "grid": (16, 16)})
+CLIP = {"frames": 16, "batch": 1, "prefix": 1}
+
+
+@dataclass
+class Launch:
+    """A kernel as one of its launches would compile it."""
+
+    name: str  # kernel, case and dtype
+    kernel: Any
+    arch: int
+    signature: dict[str, str] = field(repr=False)
+    constants: dict[str, Any] = field(repr=False)
+    aligned: tuple[str, ...] = field(repr=False)
+    warps: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same key, the same code."""
+        return (self.name, self.arch, *map(str, (self.signature, self.constants, self.aligned, self.warps)))
+
+
+@dataclass
+class Figures:
+    """What a compiled kernel needs; every figure has a budget."""
+
+    registers: int
+    spilled: int  # bytes of stack and local memory
+    shared: int
+    wide: int  # global accesses of 16 bytes, in the code
+    narrow: int  # of less
+
+
+def launches(arch: int) -> list[Launch]:
+    """Every kernel that the ops launch at the real sizes, each that compiles differently once."""
+    found: dict[tuple[Any, ...], Launch] = {}
+    for dtype_name, dtype in DTYPES.items():
+        for sizes in SIZES:
+            for case, call in _calls(dtype, **sizes):
+                for launch in _intercepted(call, arch, f"{case} {dtype_name}"):
+                    found[launch.key] = launch
+    return list(found.values())
+
+
+def _calls(dtype: torch.dtype, **sizes: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a training step calls, with position and a buffer that grad_x is added to, and without."""
+    for full in (True, False):
+        suffix = "" if full else " plain"
+        x, *others = op_cases("pair_interpolate", dtype=dtype, position=full, **sizes, **CLIP).inputs.values()
+        buffer = torch.empty_like(x) if full else None
+        z = x[:, ::2]
+        yield f"pair{suffix}", lambda x=x, others=others: pair_interpolate.pair_interpolate_forward(x, *others)
+        yield (
+            f"pair{suffix}",
+            lambda x=x, others=others, z=z, buffer=buffer: pair_interpolate.pair_interpolate_backward(
+                z, others[0], x, *others, (True, True, others[1] is not None), buffer
+            ),
+        )
+        for kernel, stride in CASES:
+            inputs, kwargs = op_cases(
+                "depthwise_conv3d", dtype=dtype, kernel=kernel, temporal_stride=stride, position=full, **sizes, **CLIP
+            )
+            case = f"{'×'.join(map(str, kernel))}/{stride}{suffix}"
+            args = (*inputs.values(), kwargs["grid"], stride, 1)
+            y, needs = x[:, ::stride], (True, True, True, full)
+            yield case, lambda args=args: depthwise_conv3d.depthwise_conv3d_forward(*args)
+            yield (
+                case,
+                lambda args=args, y=y, needs=needs, buffer=buffer: depthwise_conv3d.depthwise_conv3d_backward(
+                    y, *args, needs, buffer
+                ),
+            )
+
+
+def _intercepted(call: Callable[[], object], arch: int, suffix: str) -> list[Launch]:
+    found = []
+
+    def record(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+        arguments = dict(arguments)
+        warps = arguments.pop("num_warps")
+        signature, constants, aligned = {}, {}, []
+        for param in kernel.params:
+            value = arguments.pop(param.name)
+            if param.is_constexpr or value is None:
+                signature[param.name], constants[param.name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                names = {"float16": "fp16", "float32": "fp32", "float64": "fp64", "bfloat16": "bf16"}
+                signature[param.name] = "*" + names[str(value.dtype).removeprefix("torch.")]
+                aligned += [param.name] if value.data_ptr() % 16 == 0 else []
+            else:
+                assert param.do_not_specialize, f"{param.name} would compile {kernel.__name__} anew for other sizes"
+                signature[param.name] = param.annotation_type or "i32"
+        assert not arguments, f"not the kernel's: {arguments}"
+        name = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {suffix}"
+        found.append(Launch(name, kernel, arch, signature, constants, tuple(aligned), warps))
+
+    before = _launch.run, _launch.capability
+    _launch.run, _launch.capability = record, lambda x: arch
+    try:
+        call()
+    finally:
+        _launch.run, _launch.capability = before
+    return found
+
+
+def compiled(launch: Launch) -> Figures:
+    """Compiles a launch and reads its figures off the cubin and the PTX."""
+    places = {name: (number,) for number, name in enumerate(launch.kernel.arg_names)}
+    source = ASTSource(
+        launch.kernel,
+        launch.signature,
+        {places[name]: value for name, value in launch.constants.items()},
+        {places[name]: [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options={"num_warps": launch.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    read = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout))
+    accesses = [_bytes(line) for line in made.asm["ptx"].splitlines() if re.search(r"\b(ld|st)\.global\.", line)]
+    return Figures(
+        registers=int(read["REG"]),
+        spilled=int(read["STACK"]) + int(read["LOCAL"]),
+        shared=int(made.metadata.shared),
+        wide=sum(size == 16 for size in accesses),
+        narrow=sum(size < 16 for size in accesses),
+    )
+
+
+def _bytes(line: str) -> int:
+    """How much a line of PTX such as `ld.global.v4.b32` moves."""
+    (operation,) = re.findall(r"\b(?:ld|st)\.global\.[\w.:]+", line)
+    vector = re.search(r"\.v(\d)", operation)
+    return int(vector.group(1) if vector else 1) * int(re.findall(r"\.[bfsu](\d+)", operation)[-1]) // 8
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 70")
+    parser.add_argument("--update", action="store_true", help="write what was measured into the budget")
+    parser.add_argument("--json", type=Path, help="write the figures to a file too")
+    args = parser.parse_args()
+    work = [launch for arch in args.arch for launch in launches(arch)]
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    mine: dict[str, dict[str, Any]] = {}
+    # Each compiles in ptxas, a process of its own, and in LLVM, which lets the others run.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(compiled, work))
+    over = []
+    print(f"Triton {triton.__version__}")
+    print(f"{'kernel':62} sm  {'regs':>4} {'spilled':>7} {'shared':>6} {'16 B':>5} {'narrower':>8}")
+    for launch, figures in zip(work, results, strict=True):
+        row = asdict(figures)
+        mine.setdefault(str(launch.arch), {})[launch.name] = row
+        allowed = budget.get(triton.__version__, {}).get(str(launch.arch), {}).get(launch.name)
+        problems = _over(row, allowed) if not args.update else []
+        over += [f"{launch.name} for sm_{launch.arch}: {problem}" for problem in problems]
+        print(
+            f"{launch.name:62} {launch.arch}  {row['registers']:4} {row['spilled']:7} {row['shared']:6} {row['wide']:5} "
+            f"{row['narrow']:8}{'  OVER' if problems else ''}"
+        )
+    if args.update:
+        budget.setdefault(triton.__version__, {}).update(mine)
+        BUDGET.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(mine, indent=1, sort_keys=True) + "\n")
+    print("\n".join(over))
+    print(f"{len(work) - len({line.split(':')[0] for line in over})} passed, {len(over)} failed")
+    return 1 if over else 0
+
+
+def _over(row: dict[str, int], allowed: dict[str, int] | None) -> list[str]:
+    if allowed is None:
+        return [f"no budget; run {Path(__file__).name} --update and look at what it wrote"]
+    problems = [f"{name} {row[name]}, budget {allowed[name]}" for name in row if row[name] > allowed[name]]
+    return problems + (["spills"] if row["spilled"] else [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
