@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from inti_kernels.backends import _memory, cpu, native
+from inti_kernels.backends import _arguments, _memory, cpu, native
 
 # `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
 # finding what nobody thought of (HYPOTHESIS_PROFILE=full); `mutants` only wants to know whether something fails.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-settings.register_profile("fast", max_examples=25, derandomize=True, **_COMMON)
+settings.register_profile("fast", max_examples=8 if INTERPRETED else 25, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=400, **_COMMON)
 settings.register_profile(
     "mutants", max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON
@@ -26,15 +27,23 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and workspaces start as NaN: what a kernel doesn't write shows."""
 
-    def empty_of_nan(shape, like):  # type: ignore[no-untyped-def]
-        return torch.full(tuple(shape), float("nan"), dtype=like.dtype, device=like.device)
+    def empty_of_nan(shape, like, dtype=None):  # type: ignore[no-untyped-def]
+        return torch.full(tuple(shape), float("nan"), dtype=dtype or like.dtype, device=like.device)
 
-    for module in (_memory, cpu):
+    modules = [_memory, _arguments, cpu]
+    if INTERPRETED:
+        from inti_kernels.backends.triton import depthwise_conv3d, pair_interpolate
+
+        modules += [depthwise_conv3d, pair_interpolate]
+    for module in modules:
         monkeypatch.setattr(module, "empty", empty_of_nan)
 
 
 def variants() -> list[str]:
-    """Every backend under test, the cpu backend once for each instruction set of this machine."""
+    """Every backend under test: the cpu backend once for each instruction set of this machine or, where Triton's
+    interpreter is asked for, triton alone."""
+    if INTERPRETED:
+        return ["triton"]
     if native.why_not_native():
         return ["cpu"]  # and the tests fail with the reason
     forced = os.environ.get("INTI_CPU")
@@ -53,6 +62,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     module.set_cpu_isa(isa)
     yield name
     module.set_cpu_isa(before)
+
+
+@pytest.fixture(params=["triton" if INTERPRETED else "cpu"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The backend under test, in the one state that it starts in."""
+    return request.param
 
 
 @pytest.fixture

@@ -35,10 +35,11 @@ def opcheck(subject: Subject) -> None:
 def compile_fullgraph(subject: Subject) -> None:
     leaves, run = subject.leaves()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *values: run(*values, backend=None), fullgraph=True)
-    before = backends.executed.copy()
-    actual = gradients(compiled, leaves)
-    assert (backends.executed - before)[f"{subject.name}_backward", "cpu"] == 1
+    with backends.use_backend(subject.backend if subject.backend != "cpu" else "auto"):
+        compiled = torch.compile(lambda *values: run(*values, backend=None), fullgraph=True)
+        before = backends.executed.copy()
+        actual = gradients(compiled, leaves)
+    assert (backends.executed - before)[f"{subject.name}_backward", subject.backend] == 1
     for a, b in zip(actual, gradients(run, leaves), strict=True):
         torch.testing.assert_close(a, b)
 

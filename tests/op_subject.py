@@ -23,29 +23,31 @@ class Subject:
         name: of the op.
         arguments: the inputs in the order in which the custom op takes them.
         sizes: more arguments of `op_cases`, such as a kernel.
+        backend: the backend under test.
     """
 
     name: str
     arguments: tuple[str, ...]
     sizes: dict[str, Any] = field(default_factory=dict)
+    backend: str = "cpu"
 
     def case(self, dtype: torch.dtype = torch.float32, **changes: Any) -> OpCase:
         return op_cases(self.name, dtype=dtype, **{**SMALL, **self.sizes, **changes})
 
     def leaves(self, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[list[Tensor], Callable[..., Any]]:
-        """The inputs, requiring grad, and the user's function of them: run(*leaves, backend=…)."""
+        """The inputs, requiring grad, and the user's function of them: run(*leaves, backend=…), on the one under test."""
         inputs, kwargs = self.case(dtype, **changes)
         names = [name for name, value in inputs.items() if value is not None]
 
-        def run(*values: Tensor, backend: str | None = "cpu") -> Any:
+        def run(*values: Tensor, backend: str | None = self.backend) -> Any:
             return getattr(ops, self.name)(**dict(zip(names, values, strict=True)), **kwargs, backend=backend)
 
         return [inputs[name].requires_grad_() for name in names], run
 
-    def custom_op_args(self, case: OpCase, backend: str = "cpu") -> tuple[Any, ...]:
+    def custom_op_args(self, case: OpCase, backend: str | None = None) -> tuple[Any, ...]:
         inputs, kwargs = case
         sizes = [list(v) if isinstance(v, tuple) else v for v in kwargs.values()]
-        return (*(inputs[name] for name in self.arguments), *sizes, backend)
+        return (*(inputs[name] for name in self.arguments), *sizes, backend or self.backend)
 
     def backward(self, case: OpCase, needs: list[bool], accumulate: Tensor | None = None, seed: int = 0) -> Any:
         """The private backward op on random upstream gradients."""

@@ -2,8 +2,8 @@
 
 `auto` takes the best backend that can run and may fall back to the reference, saying so once. An explicit choice (the
 argument ``backend=``, :func:`use_backend`, the environment variable INTI_BACKEND) never falls back: where it can't run
-it raises with the reasons. A backend is a module with ``<op>_forward`` and ``<op>_backward`` for every op it has a
-kernel for, which take tensors.
+it raises with the reasons. A backend has a function ``<op>_forward`` and one ``<op>_backward`` for every op it has
+kernels for, which take tensors: in one module for all ops, or in a module an op.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from types import ModuleType, TracebackType
 
 import torch
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 # Backends with a kernel of their own, op by op, best first. An op with none is plain PyTorch whatever is chosen.
 HAS_KERNEL: dict[str, tuple[str, ...]] = {
-    "pair_interpolate": ("cpu",),
-    "depthwise_conv3d": ("cpu",),
+    "pair_interpolate": ("cpu", "triton"),
+    "depthwise_conv3d": ("cpu", "triton"),
     "token_features": (),
     "interpolation_head": (),
 }
@@ -30,11 +30,12 @@ HAS_KERNEL: dict[str, tuple[str, ...]] = {
 # (op or op_backward, backend) -> how often that implementation ran. This says what really executed, `auto` or not.
 executed: Counter[tuple[str, str]] = Counter()
 
-_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton.{op}"}
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _active = os.environ.get("INTI_BACKEND") or "auto"
 _noted: set[str] = set()
-# What can run once can run always (a missing module may yet be built): (candidates, device type, dtype) -> backend.
-_usable: dict[tuple[tuple[str, ...], str, torch.dtype], str] = {}
+# What can run once can run always (a missing module may yet be built): (candidates, device, dtype) -> backend.
+_usable: dict[tuple[tuple[str, ...], torch.device, torch.dtype], str] = {}
 _counting = threading.Lock()
 
 
@@ -44,7 +45,7 @@ class use_backend:
     The choice is the process's: ``with`` blocks that overlap in two threads see each other's.
 
     Args:
-        name: "auto", "reference" or "cpu".
+        name: "auto", "reference", "cpu" or "triton".
 
     Raises:
         ValueError: there is no such backend.
@@ -118,14 +119,18 @@ def why_not(
         raise ValueError(f"op must be one of {tuple(HAS_KERNEL)}, got {op!r}")
     if backend in ("reference", "auto"):
         return []
+    device = torch.device(device)
+    if backend == "triton":
+        from . import triton
+
+        return triton.why_not(device, dtype)
     from . import native
 
-    device = torch.device(device)
     reasons = []
     if device.type != "cpu":
         reasons.append(f"the cpu backend takes tensors on the CPU, and these are on {device}.")
-    if dtype not in _DTYPES[backend]:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES[backend])
+    if dtype not in _CPU_DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _CPU_DTYPES)
         reasons.append(f"the cpu backend takes {names}, and this is {str(dtype).removeprefix('torch.')}.")
     return reasons + (native.why_not_native() or native.why_not_isa())
 
@@ -145,16 +150,18 @@ def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "
     """
     chosen = _first_that_can(op, HAS_KERNEL[op], x) if backend == "auto" else _explicit(op, backend, x)
     _count(op if direction == "forward" else f"{op}_backward", chosen)
-    return import_module(f"{__name__}.{chosen}")
+    return import_module(f"{__name__}.{_MODULES[chosen].format(op=op)}")
 
 
 def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> str:
-    key = (candidates, x.device.type, x.dtype)
+    key = (candidates, x.device, x.dtype)
     if key in _usable:
         return _usable[key]
     reasons = {}
     for name in candidates:
         reasons[name] = why_not(name, op, device=x.device, dtype=x.dtype)
+        if name == "triton" and x.device.type == "cpu" and not reasons[name]:
+            reasons[name] = ["Triton's interpreter is for tests, and runs where it is asked for only."]
         if not reasons[name]:
             _usable[key] = name
             return name
@@ -164,12 +171,14 @@ def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> st
 
 
 def _explicit(op: str, backend: str, x: torch.Tensor) -> str:
-    reasons = {name: why_not(name, op, device=x.device, dtype=x.dtype) for name in BACKENDS}
-    if reasons[backend]:
-        others = "; ".join(
-            f"{name}: {' '.join(why) or 'can run here'}" for name, why in reasons.items() if name != backend
-        )
-        raise RuntimeError(f"{op} can't run on backend={backend!r}: {' '.join(reasons[backend])} The others: {others}.")
+    key = ((backend,), x.device, x.dtype)
+    if key in _usable:
+        return backend
+    if reasons := why_not(backend, op, device=x.device, dtype=x.dtype):
+        others = {name: why_not(name, op, device=x.device, dtype=x.dtype) for name in BACKENDS if name != backend}
+        can = "; ".join(f"{name}: {' '.join(why) or 'can run here'}" for name, why in others.items())
+        raise RuntimeError(f"{op} can't run on backend={backend!r}: {' '.join(reasons)} The others: {can}.")
+    _usable[key] = backend
     return backend
 
 

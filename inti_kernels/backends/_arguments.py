@@ -57,9 +57,9 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def taps_first(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, 1, KT, KH, KW] → [KT·KH·KW, C] in ``dtype``: the channels, along which kernels vectorise, contiguous."""
-    return weight.to(dtype).reshape(weight.shape[0], -1).t().contiguous()
+def taps_first(weight: Tensor) -> Tensor:
+    """[C, 1, KT, KH, KW] → [KT·KH·KW, C]: the channels, along which kernels vectorise, contiguous."""
+    return weight.reshape(weight.shape[0], -1).t().contiguous()
 
 
 def gradient_buffer(x: Tensor, need: bool, accumulate: Tensor | None) -> Tensor | None:

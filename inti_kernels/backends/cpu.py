@@ -95,7 +95,7 @@ def depthwise_conv3d_forward(
     batch, frames, tokens, dim = x.shape
     expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
     x = channels_contiguous(x, "depthwise_conv3d")
-    taps, bias, position = taps_first(weight, wide_dtype(x)), _wide(bias, x), _wide(position, x)
+    taps, bias, position = _wide(taps_first(weight), x), _wide(bias, x), _wide(position, x)
     y = empty((batch, frames // temporal_stride, tokens, dim), x)
     native.load().depthwise_conv3d_forward(
         shape=(batch, frames, prefix, *grid, dim, temporal_stride),
@@ -128,7 +128,7 @@ def depthwise_conv3d_backward(
     expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
     expect(x, (grad_y, (batch, frames // temporal_stride, tokens, dim)))
     x, grad_y = channels_contiguous(x, "depthwise_conv3d"), channels_contiguous(grad_y)
-    taps, wide_position = taps_first(weight, wide_dtype(x)), _wide(position, x)
+    taps, wide_position = _wide(taps_first(weight), x), _wide(position, x)
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_taps = weight_partials = grad_position = position_partials = None
     if needs[1] or needs[2]:

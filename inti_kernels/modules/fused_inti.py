@@ -35,8 +35,8 @@ class FusedInTI(InTI):
     weights have the dtype that InTI's would have.
 
     Args:
-        backend: "auto", "reference" or "cpu" for the ops of this module; None takes the choice in force at each call,
-            see :func:`inti_kernels.use_backend`.
+        backend: "auto", "reference", "cpu" or "triton" for the ops of this module; None takes the choice in force at
+            each call, see :func:`inti_kernels.use_backend`.
         *args, **kwargs: as :class:`InTI`.
 
     Raises:

@@ -41,7 +41,7 @@ def interpolation_head(
         weight1, bias1: [h, D + C'] ([h, D] with neither cube nor frame_context) and [h].
         weight2, bias2: [2, h] and [2].
         position: σ·P [T, C], any floating dtype, added to x first (Eq. 8); or None.
-        backend: "auto", "reference" or "cpu"; None takes the choice in force, see
+        backend: "auto", "reference", "cpu" or "triton"; None takes the choice in force, see
             :func:`inti_kernels.use_backend`.
 
     Returns:

@@ -33,7 +33,7 @@ def token_features(
         weight, bias: the Linear's [D, C] and [D].
         position: σ·P [T, C], any floating dtype, added to x first (Eq. 8); or None.
         eps: of the LayerNorm.
-        backend: "auto", "reference" or "cpu"; None takes the choice in force, see
+        backend: "auto", "reference", "cpu" or "triton"; None takes the choice in force, see
             :func:`inti_kernels.use_backend`.
 
     Returns:

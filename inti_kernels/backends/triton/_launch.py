@@ -162,6 +162,25 @@ def caches_tuning() -> bool:
     return "cache_results" in inspect.signature(triton.autotune).parameters
 
 
+# --- What kernels share ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_rounded(to, value, mask):
+    """Stores a value in the pointer's dtype; float64 goes by way of float32 to bfloat16, which the interpreter needs."""
+    if to.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)
+    tl.store(to, value.to(to.dtype.element_ty), mask=mask)
+
+
+def small(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """A parameter or position as kernels take it: contiguous, in x's dtype or the wide one. Another dtype would compile
+    anew, and bfloat16 beside float16 tokens not at all on V100."""
+    if tensor is None:
+        return None
+    return (tensor if tensor.dtype in (x.dtype, wide_dtype(x)) else tensor.to(wide_dtype(x))).contiguous()
+
+
 # --- Partial sums -----------------------------------------------------------------------------------------------------
 
 
@@ -188,8 +207,7 @@ def _sum_partials_kernel(
         number = first + tl.arange(0, TOKENS)
         at = partials + (number.to(tl.int64) * stride * VECTOR)[:, None] + (row * columns + column)[None, :]
         sums += tl.load(at, mask=(number < count)[:, None] & there[None, :], other=0)
-    total = tl.sum(sums, 0)
-    tl.store(out + row * row_step + column.to(tl.int64) * column_step, total.to(out.dtype.element_ty), mask=there)
+    store_rounded(out + row * row_step + column.to(tl.int64) * column_step, tl.sum(sums, 0), there)
 
 
 _SUMMING = Settings(tokens=16, channels=32, warps=4)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._arguments import channels_contiguous, expect, expect_convolution, gradient_buffer, taps_first, wide_dtype
 from .._memory import empty
-from ._launch import Settings, launch, settings, strides, sum_partials, vector, wide
+from ._launch import Settings, launch, settings, small, store_rounded, strides, sum_partials, vector, wide
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -145,7 +145,7 @@ def _clear_prefix(frame, prefix, channels, there, dim, TOKENS: tl.constexpr, CHA
 def _finish_output(value, bias, y_tile, mask, there, WIDE: tl.constexpr):
     if bias is not None:
         value += tl.load(bias, mask=there, other=0).to(WIDE)[None, :]
-    tl.store(y_tile, value.to(y_tile.dtype.element_ty), mask=mask)
+    store_rounded(y_tile, value, mask)
 
 
 # What may change from clip to clip must not compile anew. The strides come in units of VECTOR elements, so that the
@@ -271,9 +271,9 @@ def depthwise_conv3d_forward(
         lambda at: at.blocks(dim) * tiling["tiles"] * tiling["runs"] * batch,
         at,
         x=x,
-        taps=taps_first(weight, x.dtype),
-        bias=None if bias is None else bias.contiguous(),
-        position=None if position is None else position.contiguous(),
+        taps=small(taps_first(weight), x),
+        bias=small(bias, x),
+        position=small(position, x),
         y=y,
         **_sizes(x, grid, prefix),
         **strides(x, unit),
@@ -309,7 +309,7 @@ def _finish_gradient(
         grad = value
         if ACCUMULATE:
             grad += tl.load(to, mask=mask, other=0).to(value.dtype)
-        tl.store(to, grad.to(to.dtype.element_ty), mask=mask)
+        store_rounded(to, grad, mask)
     if sums is not None:
         total = tl.sum(tl.where(mask, value, 0), 0)
         tl.store(sums + frame * dim, total, mask=exists & there)
@@ -503,7 +503,7 @@ def depthwise_conv3d_backward(
             lambda at: at.blocks(dim) * tiling["tiles"] * tiling["runs"] * batch,
             at,
             grad_y=grad_y,
-            taps=taps_first(weight, x.dtype),
+            taps=small(taps_first(weight), x),
             grad_x=grad_x,
             partials=partials,
             **_sizes(x, grid, prefix),
@@ -528,7 +528,7 @@ def depthwise_conv3d_backward(
             at,
             x=x,
             grad_y=grad_y,
-            position=None if position is None else position.contiguous(),
+            position=small(position, x),
             partials=partials,
             **_sizes(x, grid, prefix),
             **strides(x, unit),

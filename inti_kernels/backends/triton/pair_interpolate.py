@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._arguments import channels_contiguous, expect, gradient_buffer, wide_dtype
 from .._memory import empty
-from ._launch import Settings, launch, settings, strides, sum_partials, vector, wide
+from ._launch import Settings, launch, settings, small, store_rounded, strides, sum_partials, vector, wide
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -29,11 +29,12 @@ def _softmax_of_two(logits, pair, live, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def _load_frame(x, position, channel, mask, there, WIDE: tl.constexpr):
+def _load_frame(x, position, channel, mask, WIDE: tl.constexpr):
     """x + σP, wide [TOKENS, CHANNELS].  x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer, or None"""
     value = tl.load(x + channel[None, :], mask=mask, other=0).to(WIDE)
     if position is not None:
-        value += tl.load(position + channel, mask=there, other=0).to(WIDE)[None, :]
+        # Every token's threads load it (from L1): a row alone would go through shared memory to reach them.
+        value += tl.load(position + tl.broadcast_to(channel[None, :], mask.shape), mask=mask, other=0).to(WIDE)
     return value
 
 
@@ -76,8 +77,8 @@ def _pair_interpolate_forward_kernel(
     live = token < tokens
     pair = row.to(tl.int64) * tokens + token
     first, second = _softmax_of_two(logits, pair, live, SOFTMAX)
-    tl.store(weights + 2 * pair, first.to(weights.dtype.element_ty), mask=live)
-    tl.store(weights + 2 * pair + 1, second.to(weights.dtype.element_ty), mask=live)
+    store_rounded(weights + 2 * pair, first, live)
+    store_rounded(weights + 2 * pair + 1, second, live)
     first, second = first.to(WIDE)[:, None], second.to(WIDE)[:, None]
     frame = 2 * (row % pairs)
     x += (row // pairs).to(tl.int64) * stride_batch * VECTOR + frame * stride_frame
@@ -89,9 +90,9 @@ def _pair_interpolate_forward_kernel(
         channel = start + tl.arange(0, CHANNELS)  # [CHANNELS]
         there = channel < dim
         mask = live[:, None] & there[None, :]
-        x0 = _load_frame(x_tile, position, channel, mask, there, WIDE)
-        x1 = _load_frame(x_tile + stride_frame, _next_frame(position, dim), channel, mask, there, WIDE)
-        tl.store(z_tile + channel[None, :], (first * x0 + second * x1).to(z.dtype.element_ty), mask=mask)
+        x0 = _load_frame(x_tile, position, channel, mask, WIDE)
+        x1 = _load_frame(x_tile + stride_frame, _next_frame(position, dim), channel, mask, WIDE)
+        store_rounded(z_tile + channel[None, :], first * x0 + second * x1, mask)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "grad_stride_batch", "grad_stride_frame", "grad_stride_token"])
@@ -147,8 +148,8 @@ def _pair_interpolate_backward_kernel(
             tl.store(sums, tl.sum(tl.where(mask, grad0, 0), 0), mask=there)
             tl.store(sums + dim, tl.sum(tl.where(mask, grad1, 0), 0), mask=there)
         if grad_logits is not None:
-            x0 = _load_frame(x_tile, position, channel, mask, there, WIDE)
-            x1 = _load_frame(x_tile + stride_frame, _next_frame(position, dim), channel, mask, there, WIDE)
+            x0 = _load_frame(x_tile, position, channel, mask, WIDE)
+            x1 = _load_frame(x_tile + stride_frame, _next_frame(position, dim), channel, mask, WIDE)
             difference += grad * (x0 - x1)
         if grad_x is not None:
             to = grad_x + (clip * 2 * pairs + frame) * frame_size + (token.to(tl.int64) * dim)[:, None]
@@ -156,16 +157,16 @@ def _pair_interpolate_backward_kernel(
             if ACCUMULATE:
                 grad0 += tl.load(to, mask=mask, other=0).to(WIDE)
                 grad1 += tl.load(to + frame_size, mask=mask, other=0).to(WIDE)
-            tl.store(to, grad0.to(grad_x.dtype.element_ty), mask=mask)
-            tl.store(to + frame_size, grad1.to(grad_x.dtype.element_ty), mask=mask)
+            store_rounded(to, grad0, mask)
+            store_rounded(to + frame_size, grad1, mask)
     if grad_logits is not None:
         # ∂α/∂l₀ = αβ = -∂β/∂l₀, and the other way round for l₁.
         total = tl.sum(difference, 1).to(SOFTMAX)
         total += tl.load(grad_weights + 2 * pair, mask=live, other=0).to(SOFTMAX)
         total -= tl.load(grad_weights + 2 * pair + 1, mask=live, other=0).to(SOFTMAX)
         total = first * second * total
-        tl.store(grad_logits + 2 * pair, total.to(grad_logits.dtype.element_ty), mask=live)
-        tl.store(grad_logits + 2 * pair + 1, (-total).to(grad_logits.dtype.element_ty), mask=live)
+        store_rounded(grad_logits + 2 * pair, total, live)
+        store_rounded(grad_logits + 2 * pair + 1, -total, live)
 
 
 def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,7 +182,7 @@ def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None)
         at,
         x=x,
         logits=logits,
-        position=None if position is None else position.contiguous(),
+        position=small(position, x),
         z=z,
         weights=weights,
         pairs=frames // 2,
@@ -224,7 +225,7 @@ def pair_interpolate_backward(
         grad_weights=grad_weights,
         x=x,
         logits=logits,
-        position=None if position is None else position.contiguous(),
+        position=small(position, x),
         grad_x=grad_x,
         grad_logits=grad_logits,
         partials=partials,
