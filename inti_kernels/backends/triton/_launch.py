@@ -16,6 +16,7 @@ from torch import Tensor
 from .._arguments import wide_dtype
 
 VECTOR_BYTES = 16  # the widest access that a thread makes
+LEAST_PROGRAMS = 160  # two for each of V100's 80 SMs
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,18 @@ class Settings:
 
 # kernel -> rows of (least compute capability, least dim, settings); the first row that fits is taken. V100 relies on
 # this table: nothing is measured before the first step. What it is chosen for, at batch 1, dim 768, 14×14, 16 frames:
-# * at least 160 programs, two for each of V100's 80 SMs; narrow models get there by smaller tiles, GPUs of more SMs and
-#   with an L2 that holds the clip by shorter runs;
+# * at least LEAST_PROGRAMS; narrow models get there by smaller tiles, GPUs of more SMs and with an L2 that holds the clip
+#   by shorter runs;
 # * rows of 32 bytes or more, so that no sector is read by halves;
 # * 8 elements a thread in each sum (16 in pair_interpolate): no spills, and 16 warps an SM or more.
 _TABLE: dict[str, tuple[tuple[int, int, Settings], ...]] = {
     "pair_interpolate_forward": (
-        (70, 512, Settings(tokens=8, channels=256, warps=4)),
-        (70, 0, Settings(tokens=8, channels=128, warps=2)),
+        (70, 512, Settings(tokens=16, channels=128, warps=4)),
+        (70, 0, Settings(tokens=16, channels=64, warps=2)),
     ),
     "pair_interpolate_backward": (
-        (70, 512, Settings(tokens=8, channels=256, warps=4)),
-        (70, 0, Settings(tokens=8, channels=128, warps=2)),
+        (70, 512, Settings(tokens=16, channels=128, warps=4)),
+        (70, 0, Settings(tokens=16, channels=64, warps=2)),
     ),
 }
 for _kernel in ("forward", "backward_x", "backward_weight"):
@@ -184,33 +185,34 @@ def small(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 # --- Partial sums -----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "stride", "columns", "row_step", "column_step"])
+@triton.jit(do_not_specialize=["count", "stride", "rows", "columns", "row_step", "column_step"])
 def _sum_partials_kernel(
-    partials,  # [count, rows, columns], wide; stride(0) is given
+    partials,  # [count, rows, columns], wide
     out,  # element (row, column) at row · row_step + column · column_step
     count,
-    stride: tl.int64,
-    columns,  # this and stride in units of VECTOR
+    stride: tl.int64,  # this and columns in units of VECTOR elements
+    rows,
+    columns,
     row_step,
     column_step,
     VECTOR: tl.constexpr,
-    TOKENS: tl.constexpr,  # partial sums a turn
-    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,  # rows of a tile
+    CHANNELS: tl.constexpr,  # columns of a tile
 ):
     columns *= VECTOR
     blocks = tl.cdiv(columns, CHANNELS)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) // blocks * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    there = column < columns
-    sums = tl.zeros((TOKENS, CHANNELS), partials.dtype.element_ty)
-    for first in range(0, count, TOKENS):
-        number = first + tl.arange(0, TOKENS)
-        at = partials + (number.to(tl.int64) * stride * VECTOR)[:, None] + (row * columns + column)[None, :]
-        sums += tl.load(at, mask=(number < count)[:, None] & there[None, :], other=0)
-    store_rounded(out + row * row_step + column.to(tl.int64) * column_step, tl.sum(sums, 0), there)
-
-
-_SUMMING = Settings(tokens=16, channels=32, warps=4)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    offsets = row.to(tl.int64)[:, None] * columns + column[None, :]
+    # Eight at a time, so that a large batch's many partial sums don't wait for each other.
+    sums = tl.zeros((8, TOKENS, CHANNELS), partials.dtype.element_ty)
+    for first in range(0, count, 8):
+        number = first + tl.arange(0, 8)
+        at = partials + (number.to(tl.int64) * stride * VECTOR)[:, None, None] + offsets[None, :, :]
+        sums += tl.load(at, mask=(number < count)[:, None, None] & mask[None, :, :], other=0)
+    total = tl.sum(sums, 0)
+    store_rounded(out + row.to(tl.int64)[:, None] * row_step + column[None, :] * column_step, total, mask)
 
 
 def sum_partials(partials: Tensor, out: Tensor, steps: Sequence[int]) -> None:
@@ -225,14 +227,17 @@ def sum_partials(partials: Tensor, out: Tensor, steps: Sequence[int]) -> None:
     unit = VECTOR_BYTES // partials.element_size()
     while columns % unit or partials.stride(0) % unit:
         unit //= 2
+    # A program has all rows of its columns, up to 32: the rows of a depthwise weight lie side by side.
+    height = min(triton.next_power_of_2(rows), 32)
     launch(
         _sum_partials_kernel,
-        lambda at: rows * at.blocks(columns),
-        _SUMMING,
+        lambda at: triton.cdiv(rows, at.tokens) * at.blocks(columns),
+        Settings(tokens=height, channels=16 if height > 1 else 64, warps=4 if height > 8 else 1),
         partials=partials,
         out=out,
         count=count,
         stride=partials.stride(0) // unit,
+        rows=rows,
         columns=columns // unit,
         row_step=steps[0],
         column_step=steps[1],

@@ -13,9 +13,18 @@ from torch import Tensor
 
 from .._arguments import channels_contiguous, expect, gradient_buffer, wide_dtype
 from .._memory import empty
-from ._launch import Settings, launch, settings, small, store_rounded, strides, sum_partials, vector, wide
+from ._launch import LEAST_PROGRAMS, Settings, launch, settings, small, store_rounded, strides, sum_partials, vector, wide
 
 Gradients = tuple[Tensor | None, ...]
+
+
+@triton.jit
+def _program(tokens, tile_tokens, tiles, TOKENS: tl.constexpr):
+    """This program's pair of frames, counted over all clips, and tile; its tokens and which there are [TOKENS]."""
+    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    inside = tl.arange(0, TOKENS)
+    token = tile * tile_tokens + inside
+    return row, tile, token, (inside < tile_tokens) & (token < tokens)
 
 
 @triton.jit
@@ -48,7 +57,7 @@ def _next_frame(position, dim):
 
 # Sizes change from model to model or from clip to clip, and must not compile anew. `dim` and the strides come in units
 # of VECTOR elements, so that the compiler knows what they are multiples of.
-_SIZES = ["pairs", "tokens", "dim", "stride_batch", "stride_frame", "stride_token"]
+_SIZES = ["pairs", "tokens", "dim", "stride_batch", "stride_frame", "stride_token", "tile_tokens", "tiles"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -64,6 +73,8 @@ def _pair_interpolate_forward_kernel(
     stride_batch: tl.int64,
     stride_frame: tl.int64,
     stride_token: tl.int64,
+    tile_tokens,
+    tiles,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -71,10 +82,7 @@ def _pair_interpolate_forward_kernel(
     CHANNELS: tl.constexpr,
 ):
     dim, stride_frame, stride_token = dim * VECTOR, stride_frame * VECTOR, stride_token * VECTOR
-    tiles = tl.cdiv(tokens, TOKENS)
-    row = tl.program_id(0) // tiles  # a clip's pair of frames
-    token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
-    live = token < tokens
+    row, tile, token, live = _program(tokens, tile_tokens, tiles, TOKENS)
     pair = row.to(tl.int64) * tokens + token
     first, second = _softmax_of_two(logits, pair, live, SOFTMAX)
     store_rounded(weights + 2 * pair, first, live)
@@ -114,6 +122,8 @@ def _pair_interpolate_backward_kernel(
     grad_stride_batch: tl.int64,
     grad_stride_frame: tl.int64,
     grad_stride_token: tl.int64,
+    tile_tokens,
+    tiles,
     ACCUMULATE: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
@@ -122,10 +132,7 @@ def _pair_interpolate_backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     dim, stride_frame, stride_token = dim * VECTOR, stride_frame * VECTOR, stride_token * VECTOR
-    tiles = tl.cdiv(tokens, TOKENS)
-    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    token = tile * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
-    live = token < tokens
+    row, tile, token, live = _program(tokens, tile_tokens, tiles, TOKENS)
     pair = row.to(tl.int64) * tokens + token
     first, second = _softmax_of_two(logits, pair, live, SOFTMAX)
     alpha, beta = first.to(WIDE)[:, None], second.to(WIDE)[:, None]
@@ -176,9 +183,10 @@ def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None)
     z = empty((batch, frames // 2, tokens, dim), x)
     weights = empty(logits.shape, logits)
     at, unit = settings("pair_interpolate_forward", x), vector(x)
+    tiling = _tiling(at, x)
     launch(
         _pair_interpolate_forward_kernel,
-        lambda at: _programs(x, at),
+        lambda at: batch * (frames // 2) * tiling["tiles"],
         at,
         x=x,
         logits=logits,
@@ -189,6 +197,7 @@ def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None)
         tokens=tokens,
         dim=dim // unit,
         **strides(x, unit),
+        **tiling,
         VECTOR=unit,
         WIDE=wide(x),
         SOFTMAX=_softmax_dtype(x, logits),
@@ -214,12 +223,11 @@ def pair_interpolate_backward(
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_logits = empty(logits.shape, logits) if needs[1] else None
     grad_position = empty((frames, dim), position) if needs[2] else None
-    partials = None
-    if needs[2]:
-        partials = empty((batch * triton.cdiv(tokens, at.tokens), frames, dim), x, wide_dtype(x))
+    tiling = _tiling(at, x)
+    partials = empty((batch * tiling["tiles"], frames, dim), x, wide_dtype(x)) if needs[2] else None
     launch(
         _pair_interpolate_backward_kernel,
-        lambda at: _programs(x, at),
+        lambda at: batch * (frames // 2) * tiling["tiles"],
         at,
         grad_z=grad_z,
         grad_weights=grad_weights,
@@ -234,6 +242,7 @@ def pair_interpolate_backward(
         dim=dim // unit,
         **strides(x, unit),
         **{f"grad_{name}": stride for name, stride in strides(grad_z, unit).items()},
+        **tiling,
         ACCUMULATE=grad_x_accumulate is not None,
         VECTOR=unit,
         WIDE=wide(x),
@@ -244,9 +253,14 @@ def pair_interpolate_backward(
     return None if grad_x_accumulate is not None else grad_x, grad_logits, grad_position
 
 
-def _programs(x: Tensor, at: Settings) -> int:
+def _tiling(at: Settings, x: Tensor) -> dict[str, int]:
+    """How a frame's tokens are shared out: whole tiles where the batch is large; where it isn't, smaller ones, down to
+    half, so that there are enough programs. No more than that: each writes a row of partial sums."""
     batch, frames, tokens, _ = x.shape
-    return batch * (frames // 2) * triton.cdiv(tokens, at.tokens)
+    enough = triton.cdiv(LEAST_PROGRAMS, max(1, batch * (frames // 2)))
+    tiles = max(triton.cdiv(tokens, at.tokens), min(enough, triton.cdiv(tokens, at.tokens // 2)))
+    tile_tokens = triton.cdiv(tokens, tiles)
+    return {"tile_tokens": tile_tokens, "tiles": triton.cdiv(tokens, tile_tokens)}
 
 
 def _softmax_dtype(x: Tensor, logits: Tensor) -> tl.dtype:

@@ -1,0 +1,262 @@
+"""How many bytes the Triton kernels move, from the addresses that they really touch in Triton's interpreter.
+
+Traffic is counted in sectors of 32 bytes, what a GPU reads and writes memory by:
+
+* ``traffic``: each program's distinct sectors, read and written, summed over the programs, over the least possible
+  bytes, every input read once and every output written once. No cache is assumed but the program's own.
+* ``through_l2``: what reaches memory behind an L2 of 6 MiB (V100's), kept by least recent use, the programs one after
+  the other in launch order, over the same least bytes.
+
+Needs no GPU and says nothing of time. `bench` prints the figures beside times of the triton backend; `count` runs
+in a process of its own, for TRITON_INTERPRET is read when a kernel is defined:
+
+    TRITON_INTERPRET=1 python -m inti_kernels.cli._traffic '{"op": "depthwise_conv3d", "dtype": "float16"}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.depthwise_conv3d import CASES
+from ..testing import op_cases
+
+SECTOR = 32
+L2_BYTES = 6 << 20
+SIZES: dict[str, Any] = {"dim": 768, "frames": 16, "grid": (14, 14), "batch": 1, "prefix": 1}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a pass of an op moves."""
+
+    op: str
+    case: str
+    stage: str
+    programs: int  # of the kernel that reads the tokens
+    traffic: float
+    through_l2: float
+
+
+@dataclass
+class Program:
+    """Sectors by number, in the order of their first touch."""
+
+    read: dict[int, None] = field(default_factory=dict)
+    written: dict[int, None] = field(default_factory=dict)
+
+    def moved(self, shifts: Sequence[tuple[int, int, int]]) -> Program:
+        """The same accesses elsewhere.  shifts: (first address, last address, by how many bytes) of each tensor."""
+
+        def move(sectors: dict[int, None]) -> dict[int, None]:
+            moved = {}
+            for sector in sectors:
+                by = next(by for first, last, by in shifts if first <= sector * SECTOR <= last)
+                moved[sector + by // SECTOR] = None
+            return moved
+
+        return Program(move(self.read), move(self.written))
+
+
+@dataclass
+class Launched:
+    """One launch: its programs in launch order."""
+
+    kernel: str
+    programs: list[Program]
+
+
+def count(op: str, dtype: torch.dtype, *, every: bool = False, **sizes: Any) -> list[Traffic]:
+    """The traffic of every pass of an op; in a process with TRITON_INTERPRET=1.
+
+    Args:
+        op: pair_interpolate or depthwise_conv3d.
+        dtype: of every tensor.
+        every: run every program. By default, where blocks of channels do the same at other channels, only the first
+            and the last of them run; that the last does what the first does is checked, not assumed.
+        **sizes: dim, frames, grid, batch, prefix, where they aren't those of SIZES.
+    """
+    rows = []
+    for case, stage, least, call in _stages(op, dtype, {**SIZES, **sizes}):
+        with recorded(every) as launches:
+            call()
+        total = sum(len(p.read) + len(p.written) for launch in launches for p in launch.programs) * SECTOR
+        behind = through_l2(launches) * SECTOR
+        rows.append(Traffic(op, case, stage, len(launches[0].programs), total / least, behind / least))
+    return rows
+
+
+def count_elsewhere(op: str, dtype: torch.dtype, **sizes: Any) -> list[Traffic]:
+    """`count` in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; the message is what it said last.
+    """
+    task = {"op": op, "dtype": str(dtype).removeprefix("torch."), **sizes}
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, json.dumps(task)], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"counting the traffic of {op} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return [Traffic(**row) for row in json.loads(done.stdout)]
+
+
+def through_l2(launches: Sequence[Launched], capacity: int = L2_BYTES // SECTOR) -> int:
+    """Sectors that reach memory behind a cache of so many sectors: those read that it lacks, and dirty ones that it
+    gives up, then or at the end. A sector written needs no reading: programs write whole ones."""
+    cache: OrderedDict[int, bool] = OrderedDict()  # sector -> dirty, the least recently used first
+    moved = 0
+
+    def touch(sector: int, dirty: bool) -> None:
+        nonlocal moved
+        if sector in cache:
+            cache.move_to_end(sector)
+            cache[sector] |= dirty
+            return
+        moved += not dirty
+        cache[sector] = dirty
+        if len(cache) > capacity:
+            moved += cache.popitem(last=False)[1]
+
+    for launch in launches:
+        for program in launch.programs:
+            for sector in program.read:
+                touch(sector, False)
+            for sector in program.written:
+                touch(sector, True)
+    return moved + sum(cache.values())
+
+
+def _stages(
+    op: str, dtype: torch.dtype, sizes: Mapping[str, Any]
+) -> Iterator[tuple[str, str, int, Callable[[], object]]]:
+    """(case, stage, least bytes, call) of every pass."""
+    from ..backends.triton import depthwise_conv3d, pair_interpolate
+
+    def least(*tensors: Tensor) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    if op == "pair_interpolate":
+        x, logits, position = op_cases(op, dtype=dtype, **sizes).inputs.values()
+        z, both, needs = x[:, ::2].contiguous(), 2 * least(x, logits, position), (True,) * 3
+        yield (
+            "", "forward", least(x, logits, position, z, logits),
+            lambda: pair_interpolate.pair_interpolate_forward(x, logits, position),
+        )  # fmt: skip
+        yield (
+            "", "backward", least(z, logits) + both,
+            lambda: pair_interpolate.pair_interpolate_backward(z, logits, x, logits, position, needs, None),
+        )  # fmt: skip
+        return
+    for kernel, stride in CASES:
+        inputs, kwargs = op_cases(op, dtype=dtype, kernel=kernel, temporal_stride=stride, **sizes)
+        x, weight, bias, position = inputs.values()
+        arguments = (x, weight, bias, position, kwargs["grid"], stride, sizes["prefix"])
+        case, y = f"{'×'.join(map(str, kernel))} / {stride}", x[:, ::stride].clone()
+
+        def backward(*needs: bool, y: Tensor = y, arguments: tuple[Any, ...] = arguments) -> Callable[[], object]:
+            return lambda: depthwise_conv3d.depthwise_conv3d_backward(y, *arguments, needs, None)
+
+        yield (
+            case, "forward", least(x, weight, bias, position, y),
+            lambda arguments=arguments: depthwise_conv3d.depthwise_conv3d_forward(*arguments),
+        )  # fmt: skip
+        yield case, "backward to x, position", least(y, weight, x, position), backward(True, False, False, True)
+        yield (
+            case, "backward to weight, bias", least(x, y, position, weight, bias), backward(False, True, True, False),
+        )  # fmt: skip
+
+
+@contextmanager
+def recorded(every: bool = False) -> Iterator[list[Launched]]:
+    """Records what the kernels touch that are launched inside the block, and runs only what `count` says."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    from ..backends.triton import _launch
+
+    builder, launches = interpreter.InterpreterBuilder, []
+    load, store, place = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+    start, chosen, here = _launch.run, [], {}
+
+    def sectors(pointers: Any, mask: Any) -> list[int]:
+        addresses, live = np.broadcast_arrays(pointers.data, mask.data)
+        touched = addresses.ravel()[live.ravel().astype(bool)] // SECTOR
+        _, first = np.unique(touched, return_index=True)
+        return touched[np.sort(first)].tolist()
+
+    def recording_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        here["program"].read.update(dict.fromkeys(sectors(pointers, mask)))
+        return load(self, pointers, mask, *rest)
+
+    def recording_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        here["program"].written.update(dict.fromkeys(sectors(pointers, mask)))
+        return store(self, pointers, value, mask, *rest)
+
+    def placing(self: Any, x: int, y: int, z: int) -> None:
+        place(self, x, y, z)
+        self.grid_idx = (chosen[x], y, z)
+        here["program"] = here["programs"].setdefault(chosen[x], Program())
+
+    def run(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int]], arguments: dict[str, Any]) -> None:
+        (programs,) = grid(arguments)
+        name, blocks = kernel.fn.__name__.strip("_").removesuffix("_kernel"), 1
+        if not every and name.startswith("depthwise") and arguments["DIM"] % arguments["CHANNELS"] == 0:
+            blocks = arguments["DIM"] // arguments["CHANNELS"]
+        chosen[:] = [p for p in range(programs) if p % blocks in (0, blocks - 1)]
+        here["programs"] = {}
+        start(kernel, lambda meta: (len(chosen),), arguments)
+        launches.append(Launched(name, _all_programs(here["programs"], programs, blocks, arguments)))
+
+    builder.create_masked_load, builder.create_masked_store = recording_load, recording_store
+    builder.set_grid_idx, _launch.run = placing, run
+    try:
+        yield launches
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        builder.set_grid_idx, _launch.run = place, start
+
+
+def _all_programs(ran: dict[int, Program], programs: int, blocks: int, arguments: dict[str, Any]) -> list[Program]:
+    """Every program in launch order, those of the blocks of channels between the first and the last by moving."""
+    if blocks == 1:
+        return [ran[number] for number in range(programs)]
+
+    def block(number: int) -> list[tuple[int, int, int]]:
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        channels = number * arguments["CHANNELS"]
+        # Strided tensors reach further than their numbers; a storage ends where it ends.
+        spans = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), t.element_size()) for t in tensors]
+        return [(start // SECTOR * SECTOR, start + size - 1, channels * item) for start, size, item in spans]
+
+    everything = []
+    for number in range(programs):
+        first = ran[number - number % blocks]
+        everything.append(first.moved(block(number % blocks)) if number % blocks else first)
+        if number in ran and everything[-1] != ran[number]:
+            raise AssertionError(f"the last block of channels does not do what the first does (program {number})")
+    return everything
+
+
+def main() -> int:
+    """Counts what the JSON of the first argument asks for; prints JSON."""
+    task = json.loads(sys.argv[1])
+    task["grid"] = tuple(task.get("grid", SIZES["grid"]))
+    rows = count(task.pop("op"), getattr(torch, task.pop("dtype")), **task)
+    print(json.dumps([asdict(row) for row in rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
