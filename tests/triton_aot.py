@@ -48,18 +48,18 @@ CLIP = {"frames": 16, "batch": 1, "prefix": 1}
 class Launch:
     """A kernel as one of its launches would compile it."""
 
-    name: str  # kernel, case and dtype
+    name: str  # kernel, case, dtype and what else tells it from its like
     kernel: Any
     arch: int
     signature: dict[str, str] = field(repr=False)
     constants: dict[str, Any] = field(repr=False)
     aligned: tuple[str, ...] = field(repr=False)
-    warps: int
+    options: dict[str, Any]
 
     @property
     def key(self) -> tuple[Any, ...]:
         """The same key, the same code."""
-        return (self.name, self.arch, *map(str, (self.signature, self.constants, self.aligned, self.warps)))
+        return (self.kernel.__name__, *map(str, (self.signature, self.constants, self.aligned, self.options)))
 
 
 @dataclass
@@ -80,7 +80,9 @@ def launches(arch: int) -> list[Launch]:
         for sizes in SIZES:
             for case, call in _calls(dtype, **sizes):
                 for launch in _intercepted(call, arch, f"{case} {dtype_name}"):
-                    found[launch.key] = launch
+                    found.setdefault(launch.key, launch)
+    names = [launch.name for launch in found.values()]
+    assert len(set(names)) == len(names), "two kernels of one name"
     return list(found.values())
 
 
@@ -119,7 +121,7 @@ def _intercepted(call: Callable[[], object], arch: int, suffix: str) -> list[Lau
 
     def record(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
         arguments = dict(arguments)
-        warps = arguments.pop("num_warps")
+        options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg")}
         signature, constants, aligned = {}, {}, []
         for param in kernel.params:
             value = arguments.pop(param.name)
@@ -133,8 +135,13 @@ def _intercepted(call: Callable[[], object], arch: int, suffix: str) -> list[Lau
                 assert param.do_not_specialize, f"{param.name} would compile {kernel.__name__} anew for other sizes"
                 signature[param.name] = param.annotation_type or "i32"
         assert not arguments, f"not the kernel's: {arguments}"
-        name = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {suffix}"
-        found.append(Launch(name, kernel, arch, signature, constants, tuple(aligned), warps))
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        if name == "sum_partials":  # the same for all that has partial sums of these dtypes
+            tensors = [value.removeprefix("*") for value in signature.values() if value.startswith("*")]
+            name += f" {constants['TOKENS']}×{constants['CHANNELS']} {' → '.join(tensors)}"
+        else:
+            name += f" {suffix}" + (f" dim {constants['DIM']}" if "DIM" in constants else "")
+        found.append(Launch(name, kernel, arch, signature, constants, tuple(aligned), options))
 
     before = _launch.run, _launch.capability
     _launch.run, _launch.capability = record, lambda x: arch
@@ -154,7 +161,7 @@ def compiled(launch: Launch) -> Figures:
         {places[name]: value for name, value in launch.constants.items()},
         {places[name]: [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    made = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options={"num_warps": launch.warps})
+    made = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -200,7 +207,7 @@ def main() -> int:
         row = asdict(figures)
         mine.setdefault(str(launch.arch), {})[launch.name] = row
         allowed = budget.get(triton.__version__, {}).get(str(launch.arch), {}).get(launch.name)
-        problems = _over(row, allowed) if not args.update else []
+        problems = _wrong(row, launch) + (_over(row, allowed) if not args.update else [])
         over += [f"{launch.name} for sm_{launch.arch}: {problem}" for problem in problems]
         print(
             f"{launch.name:62} {launch.arch}  {row['registers']:4} {row['spilled']:7} {row['shared']:6} {row['wide']:5} "
@@ -219,8 +226,19 @@ def main() -> int:
 def _over(row: dict[str, int], allowed: dict[str, int] | None) -> list[str]:
     if allowed is None:
         return [f"no budget; run {Path(__file__).name} --update and look at what it wrote"]
-    problems = [f"{name} {row[name]}, budget {allowed[name]}" for name in row if row[name] > allowed[name]]
-    return problems + (["spills"] if row["spilled"] else [])
+    return [f"{name} {row[name]}, budget {allowed[name]}" for name in row if row[name] > allowed[name]]
+
+
+def _wrong(row: dict[str, int], launch: Launch) -> list[str]:
+    """What no budget may allow."""
+    problems = ["spills"] if row["spilled"] else []
+    if row["registers"] * 32 * launch.options["num_warps"] > _launch.SM_REGISTERS:
+        problems.append(f"{row['registers']} registers for {launch.options['num_warps']} warps are more than an SM has")
+    # Tiles of tokens: 16 bytes a thread. What is narrower are the logits and weights of single token pairs, and rows of
+    # partial sums, of which a thread has one or two numbers.
+    if "conv3d_forward" in launch.name and row["narrow"]:
+        problems.append(f"{row['narrow']} accesses of less than 16 bytes")
+    return problems
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .._arguments import wide_dtype
 
 VECTOR_BYTES = 16  # the widest access that a thread makes
 LEAST_PROGRAMS = 160  # two for each of V100's 80 SMs
+SM_REGISTERS = 65536  # of 32 bits; a program that wants more than an SM has does not start
 
 
 @dataclass(frozen=True)
@@ -28,41 +29,46 @@ class Settings:
         channels: channels of a tile, a power of 2.
         warps: of a program.
         frames: input frames of a program's run, where it walks along them.
+        registers: the most that a thread may take. ptxas, left alone, spills a little where that lets one more program
+            into an SM; told a number, it takes that many.
     """
 
     tokens: int
     channels: int
     warps: int
     frames: int = 1
+    registers: int | None = None
 
     def blocks(self, dim: int) -> int:
         """How many blocks of channels cover them all."""
         return triton.cdiv(dim, self.channels)
 
 
-# kernel -> rows of (least compute capability, least dim, settings); the first row that fits is taken. V100 relies on
-# this table: nothing is measured before the first step. What it is chosen for, at batch 1, dim 768, 14×14, 16 frames:
+# kernel -> rows of (least compute capability, least dim, settings for 16-bit tokens); the first row that fits is taken.
+# V100 relies on this table: nothing is measured before the first step. What it is chosen for, at batch 1, dim 768, 14×14,
+# 16 frames:
 # * at least LEAST_PROGRAMS; narrow models get there by smaller tiles, GPUs of more SMs and with an L2 that holds the clip
 #   by shorter runs;
 # * rows of 32 bytes or more, so that no sector is read by halves;
-# * 8 elements a thread in each sum (16 in pair_interpolate): no spills, and 16 warps an SM or more.
+# * a 16-byte access a thread and tile (two in pair_interpolate), and registers for two programs an SM, 16 warps; one
+#   with nine sums a thread, whose ten loads at a time hide as much.
+_WALK = (
+    (80, 512, Settings(tokens=128, channels=16, warps=8, frames=4, registers=128)),
+    (80, 0, Settings(tokens=64, channels=16, warps=4, frames=4, registers=128)),
+    (70, 512, Settings(tokens=128, channels=16, warps=8, frames=8, registers=128)),
+    (70, 0, Settings(tokens=64, channels=16, warps=4, frames=8, registers=128)),
+)
+_PASS = (
+    (70, 512, Settings(tokens=16, channels=128, warps=4)),
+    (70, 0, Settings(tokens=16, channels=64, warps=2)),
+)
 _TABLE: dict[str, tuple[tuple[int, int, Settings], ...]] = {
-    "pair_interpolate_forward": (
-        (70, 512, Settings(tokens=16, channels=128, warps=4)),
-        (70, 0, Settings(tokens=16, channels=64, warps=2)),
-    ),
-    "pair_interpolate_backward": (
-        (70, 512, Settings(tokens=16, channels=128, warps=4)),
-        (70, 0, Settings(tokens=16, channels=64, warps=2)),
-    ),
+    "pair_interpolate_forward": _PASS,
+    "pair_interpolate_backward": _PASS,
+    "depthwise_conv3d_forward": _WALK,
+    "depthwise_conv3d_backward_x": _WALK,
+    "depthwise_conv3d_backward_weight": tuple((c, d, replace(at, registers=255)) for c, d, at in _WALK),
 }
-for _kernel in ("forward", "backward_x", "backward_weight"):
-    _TABLE[f"depthwise_conv3d_{_kernel}"] = (
-        (80, 512, Settings(tokens=128, channels=16, warps=8, frames=4)),
-        (80, 0, Settings(tokens=64, channels=16, warps=4, frames=4)),
-        (70, 512, Settings(tokens=128, channels=16, warps=8, frames=8)),
-        (70, 0, Settings(tokens=64, channels=16, warps=4, frames=8)),
-    )
 
 
 def capability(x: Tensor) -> int:
@@ -77,8 +83,11 @@ def settings(kernel: str, x: Tensor) -> Settings:
     """A kernel's settings for tokens like x, by device, dim and dtype."""
     dim = x.shape[-1]
     found = next(at for least, width, at in _TABLE[kernel] if capability(x) >= least and dim >= width)
-    if x.element_size() == 8:  # twice the registers an element
-        found = Settings(found.tokens, found.channels // 2, found.warps, found.frames)
+    # Half as many elements in a 16-byte access: as many accesses a thread, if an SM has registers for so many threads.
+    if x.element_size() > 2 and (found.registers or 0) <= SM_REGISTERS // (2 * 32 * found.warps):
+        found = replace(found, warps=2 * found.warps)
+    if x.element_size() == 8:
+        found = replace(found, channels=found.channels // 2)
     return found
 
 
@@ -120,7 +129,7 @@ def launch(kernel: Any, programs: Callable[[Settings], int], at: Settings, **arg
     if autotunes():
         kernel = _tuned(kernel, at, bool(arguments.get("ACCUMULATE")))
     else:
-        options |= {"CHANNELS": at.channels, "num_warps": at.warps}
+        options |= {"CHANNELS": at.channels, "num_warps": at.warps, "maxnreg": at.registers}
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (programs(replace(at, channels=meta["CHANNELS"])),)

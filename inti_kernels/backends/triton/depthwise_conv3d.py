@@ -101,6 +101,7 @@ def _add_frame(
     kept,  # as `_kept_taps` gives them
     there,  # [CHANNELS]
     dim,
+    rows,  # SPACE
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
     SPACE: tl.constexpr,
@@ -109,8 +110,8 @@ def _add_frame(
     exists = (frame >= 0) & (frame < frames)
     added = _load_position(position, frame, exists, there, dim, WIDE)
     tile += frame * stride_frame
-    # A loop, not nine shifts in a row: with all loads ahead of all sums the compiler spills.
-    for h in range(SPACE):
+    # A loop whose end the compiler doesn't know: unrolled, it has all loads ahead of all sums, and spills.
+    for h in range(0, rows):
         below = h - SPACE // 2
         inside = (row >= -below) & (row < height - below) & exists
         fed = sums
@@ -155,7 +156,7 @@ _SIZES = ["frames", "height", "width", "prefix", "stride_batch", "stride_frame",
 _TILING = ["tile_tokens", "tiles", "run", "runs"]
 
 
-@triton.jit(do_not_specialize=_SIZES + _TILING)
+@triton.jit(do_not_specialize=[*_SIZES, "rows", *_TILING])
 def _depthwise_conv3d_forward_kernel(
     x,  # [B, T, prefix + H·W, C], any strides but the last
     taps,  # [3·SPACE·SPACE, C]
@@ -169,6 +170,7 @@ def _depthwise_conv3d_forward_kernel(
     stride_batch: tl.int64,
     stride_frame: tl.int64,
     stride_token: tl.int64,
+    rows,  # SPACE, as a number that the compiler doesn't know
     tile_tokens,
     tiles,
     run,  # output frames of a program
@@ -202,30 +204,30 @@ def _depthwise_conv3d_forward_kernel(
     # An output is open from the frame before it to the frame behind it; `at` is the run's first one.
     at = _add_frame(
         (start,), STRIDE * first - 1, frames, x_tile, stride_frame, stride_token, position, row, columns, height, width, taps,
-        DIM, kept, there, DIM, 0, 1, SPACE, WIDE,
+        DIM, kept, there, DIM, rows, 0, 1, SPACE, WIDE,
     )[0]  # fmt: skip
     if STRIDE == 2:
         for out in range(first, last):
             at = _add_frame(
                 (at,), 2 * out, frames, x_tile, stride_frame, stride_token, position, row, columns, height, width, taps, DIM,
-                kept, there, DIM, 1, 1, SPACE, WIDE,
+                kept, there, DIM, rows, 1, 1, SPACE, WIDE,
             )[0]  # fmt: skip
             fed = _add_frame(
                 (at, start), 2 * out + 1, frames, x_tile, stride_frame, stride_token, position, row, columns, height, width,
-                taps, DIM, kept, there, DIM, 2, 2, SPACE, WIDE,
+                taps, DIM, kept, there, DIM, rows, 2, 2, SPACE, WIDE,
             )  # fmt: skip
             _finish_output(fed[0], bias, y_tile + out * frame_size, mask, there, WIDE)
             at = fed[1]
     else:
         opened = _add_frame(
             (at, start), first, frames, x_tile, stride_frame, stride_token, position, row, columns, height, width, taps, DIM,
-            kept, there, DIM, 1, 1, SPACE, WIDE,
+            kept, there, DIM, rows, 1, 1, SPACE, WIDE,
         )  # fmt: skip
         at, behind = opened[0], opened[1]
         for out in range(first, last):
             fed = _add_frame(
                 (at, behind, start), out + 1, frames, x_tile, stride_frame, stride_token, position, row, columns,
-                height, width, taps, DIM, kept, there, DIM, 2, 1, SPACE, WIDE,
+                height, width, taps, DIM, kept, there, DIM, rows, 2, 1, SPACE, WIDE,
             )  # fmt: skip
             _finish_output(fed[0], bias, y_tile + out * frame_size, mask, there, WIDE)
             at, behind = fed[1], fed[2]
@@ -234,7 +236,9 @@ def _depthwise_conv3d_forward_kernel(
             _clear_prefix(y + out * frame_size, prefix, channels, there, DIM, TOKENS, CHANNELS)
 
 
-def _tiling(at: Settings, grid: Sequence[int], out_frames: int, temporal_stride: int) -> dict[str, int]:
+def _tiling(
+    at: Settings, grid: Sequence[int], out_frames: int, temporal_stride: int
+) -> dict[str, int]:
     """How patches and output frames are shared out: tiles of equal size, runs of at.frames input frames."""
     patches = grid[0] * grid[1]
     tiles, run = triton.cdiv(patches, at.tokens), at.frames // temporal_stride
@@ -278,6 +282,7 @@ def depthwise_conv3d_forward(
         **_sizes(x, grid, prefix),
         **strides(x, unit),
         **tiling,
+        rows=weight.shape[-1],
         STRIDE=temporal_stride,
         SPACE=weight.shape[-1],
         VECTOR=unit,
@@ -315,7 +320,7 @@ def _finish_gradient(
         tl.store(sums + frame * dim, total, mask=exists & there)
 
 
-@triton.jit(do_not_specialize=_SIZES + _TILING)
+@triton.jit(do_not_specialize=[*_SIZES, "rows", *_TILING])
 def _depthwise_conv3d_backward_x_kernel(
     grad_y,  # [B, T / STRIDE, prefix + H·W, C], any strides but the last
     taps,  # [3·SPACE·SPACE, C]
@@ -328,6 +333,7 @@ def _depthwise_conv3d_backward_x_kernel(
     stride_batch: tl.int64,
     stride_frame: tl.int64,
     stride_token: tl.int64,
+    rows,  # SPACE, as a number that the compiler doesn't know
     tile_tokens,
     tiles,
     run,  # frames of grad_y that are a program's own
@@ -369,7 +375,7 @@ def _depthwise_conv3d_backward_x_kernel(
         for out in range(first, last):
             fed = _add_frame(
                 (before, zeros, zeros), out, out_frames, grad_tile, stride_frame, stride_token, None, row, columns,
-                height, width, taps, -DIM, kept, there, DIM, 2, 1, SPACE, WIDE,
+                height, width, taps, -DIM, kept, there, DIM, rows, 2, 1, SPACE, WIDE,
             )  # fmt: skip
             _finish_gradient(
                 fed[0], 2 * out - 1, out > first, x_tile, frame_size, sums_at, mask, there, DIM, ACCUMULATE
@@ -378,23 +384,23 @@ def _depthwise_conv3d_backward_x_kernel(
             before = fed[2]
         before = _add_frame(
             (before,), last, out_frames, grad_tile, stride_frame, stride_token, None, row, columns, height, width, taps, -DIM,
-            kept, there, DIM, 2, 1, SPACE, WIDE,
+            kept, there, DIM, rows, 2, 1, SPACE, WIDE,
         )[0]  # fmt: skip
         _finish_gradient(before, 2 * last - 1, True, x_tile, frame_size, sums_at, mask, there, DIM, ACCUMULATE)
     else:
         at = _add_frame(
             (zeros,), first - 1, frames, grad_tile, stride_frame, stride_token, None, row, columns, height, width, taps, -DIM,
-            kept, there, DIM, 0, 1, SPACE, WIDE,
+            kept, there, DIM, rows, 0, 1, SPACE, WIDE,
         )[0]  # fmt: skip
         opened = _add_frame(
             (at, zeros), first, frames, grad_tile, stride_frame, stride_token, None, row, columns, height, width, taps, -DIM,
-            kept, there, DIM, 1, 1, SPACE, WIDE,
+            kept, there, DIM, rows, 1, 1, SPACE, WIDE,
         )  # fmt: skip
         at, behind = opened[0], opened[1]
         for out in range(first, last):
             fed = _add_frame(
                 (at, behind, zeros), out + 1, frames, grad_tile, stride_frame, stride_token, None, row, columns,
-                height, width, taps, -DIM, kept, there, DIM, 2, 1, SPACE, WIDE,
+                height, width, taps, -DIM, kept, there, DIM, rows, 2, 1, SPACE, WIDE,
             )  # fmt: skip
             _finish_gradient(fed[0], out, True, x_tile, frame_size, sums_at, mask, there, DIM, ACCUMULATE)
             at, behind = fed[1], fed[2]
@@ -509,6 +515,7 @@ def depthwise_conv3d_backward(
             **_sizes(x, grid, prefix),
             **strides(grad_y, unit),
             **tiling,
+            rows=weight.shape[-1],
             ACCUMULATE=grad_x_accumulate is not None,
             VECTOR=unit,
             **shape,
