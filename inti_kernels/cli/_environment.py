@@ -12,13 +12,15 @@ import torch
 
 from .. import backends, ops
 from .._version import __version__
-from ..backends import native
+from ..backends import native, triton
 
 # Every variable that changes what this package does when it runs, and what it is for.
 VARIABLES = {
     "INTI_BACKEND": "backend to start with: auto (default) or a name; a name never falls back",
     "INTI_CPU": "instruction set of the cpu backend: baseline, avx2 or avx512 (default: the best that runs here)",
     "INTI_NATIVE_LIBRARY": "file to load as the compiled module instead of the installed one",
+    "INTI_AUTOTUNE": "1 tunes the launch settings of Triton kernels on the first launch of each size",
+    "TRITON_INTERPRET": "1 runs Triton kernels on the CPU, in Triton's interpreter, for tests; read when Python starts",
     "OMP_NUM_THREADS": "threads that torch starts with, which the cpu backend follows",
 }
 
@@ -140,6 +142,34 @@ def op_states(device: str = "cpu") -> dict[str, dict[str, list[str]]]:
             else:
                 states[op][backend] = ["no kernel of its own yet: plain PyTorch runs in its place"]
     return states
+
+
+# A GPU of each kind that the Triton kernels are compiled for, by compute capability.
+GPUS = {(7, 0): "V100", (7, 5): "T4, RTX 20", (8, 0): "A100", (8, 6): "RTX 30", (9, 0): "H100"}
+
+
+def triton_by_gpu() -> list[dict[str, Any]]:
+    """What the triton backend does on GPUs of each kind, this machine's own included: by capability, so that it can be
+    read before one is bought."""
+    kinds = dict(GPUS)
+    for device in devices():
+        if "capability" in device:
+            major, minor = map(int, device["capability"].split("."))
+            kinds[major, minor] = f"{device['name']} ({device['device']})"
+    rows = []
+    for capability, name in sorted(kinds.items()):
+        dtypes = {dtype: triton.why_not_by_capability(capability, dtype) for dtype in triton.DTYPES}
+        rows.append(
+            {
+                "capability": "{}.{}".format(*capability),
+                "name": name,
+                "ops": [op for op in ops.OPS if "triton" in backends.HAS_KERNEL[op]],
+                "dtypes": [str(dtype).removeprefix("torch.") for dtype, reasons in dtypes.items() if not reasons],
+                "why_not": sorted({reason for reasons in dtypes.values() for reason in reasons}),
+                "products": triton.products_by_capability(capability),
+            }
+        )
+    return rows
 
 
 def summary(device: torch.device) -> dict[str, Any]:

@@ -31,6 +31,12 @@ from ._tables import Progress, print_table
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 AUTOCASTS = (torch.bfloat16, torch.float16)
 SIZES: dict[str, Any] = {"dim": 34, "frames": 8, "grid": (5, 3), "batch": 2}
+# Many tokens, so that every thread has work, and a width that fills vector registers.
+FULL: dict[str, Any] = {"dim": 192, "grid": (14, 14), "batch": 1}
+# Triton's interpreter takes a second for what a GPU does in microseconds: fewer rows, programs and draws.
+INTERPRETED: dict[str, Any] = {"dim": 32, "frames": 4, "grid": (3, 2), "batch": 1}
+INTERPRETED_FULL: dict[str, Any] = {"dim": 36, "frames": 2, "grid": (9, 8), "batch": 1}
+INTERPRETED_DRAWS = 8
 # Of a plain ViT, of none, and of registers.
 PREFIXES = (1, 0, 5)
 ABLATIONS: tuple[dict[str, Any], ...] = (
@@ -81,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=(*backends.BACKENDS, "auto"),
-        help="check this backend only, an error if it can't run here (default: every backend that can)",
+        help="check this backend only, an error if it can't run here (default: INTI_BACKEND if that names one, else every "
+        "backend that can)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.epilog = (
@@ -115,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _choose(backend: str | None, device: torch.device) -> list[str]:
     """The backends to check: the one asked for, or all that are not the reference."""
-    if backend in (None, "auto"):
+    backend = backends.requested(backend)
+    if backend == "auto":
         return [name for name in backends.BACKENDS if name != "reference"]
     if reasons := backends.why_not(backend, device=device):
         raise RuntimeError(f"backend {backend!r} can't run on {device}: {' '.join(reasons)}")
@@ -136,21 +144,27 @@ def _jobs(backend: str, device: torch.device) -> Iterator[Job]:
 def _op_jobs(op: str, backend: str, device: torch.device) -> Iterator[Job]:
     # The two that are products of torch so far: the reference runs, which one row says.
     covered = backend in backends.HAS_KERNEL[op]
+    interpreted = _interpreted(backend, device)
+    sizes = INTERPRETED if interpreted else SIZES
     for dtype in DTYPES if covered else (torch.float32,):
         if reasons := backends.why_not(backend, op, device=device, dtype=dtype) if covered else []:
             yield Job(op, "", _name(dtype), None, " ".join(reasons))
             continue
-        for case, options in _op_options(op) if covered else [("", {})]:
-            arguments = testing.op_cases(op, **{**SIZES, **options}, dtype=dtype, device=device)
+        for case, options in _op_options(op, interpreted) if covered else [("", {})]:
+            arguments = testing.op_cases(op, **{**sizes, **options}, dtype=dtype, device=device)
             yield Job(op, case, _name(dtype), _Comparisons(op, arguments, backend))
     if covered and device.type == "cpu":
-        yield Job(op, "gradcheck", _name(torch.float64), _Gradcheck(op, backend))
+        yield Job(op, "gradcheck", _name(torch.float64), _Gradcheck(op, backend, interpreted))
 
 
-def _op_options(op: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _interpreted(backend: str, device: torch.device) -> bool:
+    return backend == "triton" and device.type == "cpu"
+
+
+def _op_options(op: str, interpreted: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     convolutions = CASES if op == "depthwise_conv3d" else CASES[:1]
     for prefix in PREFIXES:
-        for kernel, stride in convolutions:
+        for kernel, stride in convolutions[:1] if interpreted and prefix != 1 else convolutions:
             options: dict[str, Any] = {"prefix": prefix}
             label = f"prefix {prefix}"
             if op == "depthwise_conv3d":
@@ -158,12 +172,16 @@ def _op_options(op: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 label = f"{'×'.join(map(str, kernel))} / {stride}, {label}"
             yield label, options
     yield "no position", {"position": False}
-    # Many tokens, so that every thread has work, and a width that fills vector registers.
-    yield "14×14, dim 192", {"dim": 192, "grid": (14, 14), "batch": 1}
+    full = INTERPRETED_FULL if interpreted else FULL
+    yield f"{'×'.join(map(str, full['grid']))}, dim {full['dim']}", full
 
 
 def _module_jobs(backend: str, device: torch.device) -> Iterator[Job]:
+    interpreted = _interpreted(backend, device)
     for ablation in ABLATIONS:
+        # The others run the same kernels.
+        if interpreted and ablation not in ({}, {"context": ()}, {"head": "sigmoid"}, {"prefix": 0}):
+            continue
         case = ", ".join(f"{name} {_label(value)}" for name, value in ablation.items()) or "as in the paper"
         for dtype in (torch.float64, torch.float32) if not ablation else (torch.float32,):
             yield Job("FusedInTI", case, _name(dtype), _Module(ablation, backend, device, dtype, None))
@@ -187,6 +205,7 @@ class _Gradcheck:
 
     op: str
     backend: str
+    fast: bool
 
     def __call__(self) -> list[testing.Comparison]:
         case = testing.op_cases(self.op, dim=2, frames=4, grid=(2, 2), dtype=torch.float64)
@@ -195,7 +214,8 @@ class _Gradcheck:
         def call(*tensors: torch.Tensor) -> Any:
             return getattr(ops, self.op)(**dict(zip(names, tensors, strict=True)), **case.kwargs, backend=self.backend)
 
-        torch.autograd.gradcheck(call, tuple(tensor.requires_grad_() for tensor in case.inputs.values()))
+        leaves = tuple(tensor.requires_grad_() for tensor in case.inputs.values())
+        torch.autograd.gradcheck(call, leaves, fast_mode=self.fast)
         return []
 
 
@@ -208,9 +228,11 @@ class _Module:
     autocast: torch.dtype | None
 
     def __call__(self) -> list[testing.Comparison]:
-        inti, x = testing.module_case(**{**SIZES, **self.ablation}, dtype=self.dtype, device=self.device)
+        interpreted = _interpreted(self.backend, self.device)
+        sizes, draws = (INTERPRETED, INTERPRETED_DRAWS) if interpreted else (SIZES, None)
+        inti, x = testing.module_case(**{**sizes, **self.ablation}, dtype=self.dtype, device=self.device)
         fused = FusedInTI.from_reference(inti, backend=self.backend)
-        return testing.three_way_module(fused, x, autocast=self.autocast)
+        return testing.three_way_module(fused, x, autocast=self.autocast, draws=draws)
 
 
 def _row(job: Job) -> Row:

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from .. import backends
+from ..backends import triton
 from ..modules.fused_inti import PLAIN_PARTS
 from . import _environment
 from ._tables import kibibytes, print_table
@@ -40,6 +41,7 @@ def collect() -> dict[str, Any]:
             kind: {"backends": _environment.backend_states(kind), "ops": _environment.op_states(kind)}
             for kind in sorted({device["device"].split(":")[0] for device in _environment.devices()})
         },
+        "triton": {"settings": triton.tuning(), "by_gpu": _environment.triton_by_gpu()},
         "plain_pytorch": PLAIN_PARTS,
         "environment": {name: os.environ.get(name) for name in _environment.VARIABLES},
     }
@@ -65,6 +67,12 @@ def _print(facts: dict[str, Any]) -> None:
         names = tuple(states["backends"])
         rows = [(op, *(_state(by_backend[name]) for name in names)) for op, by_backend in states["ops"].items()]
         print_table(f"Ops on {kind}", ("op", *names), rows)
+    rows = [
+        (f"{gpu['capability']} {gpu['name']}", ", ".join(gpu["ops"]), " ".join([", ".join(gpu["dtypes"]) + ".", *gpu["why_not"]]), gpu["products"])
+        for gpu in facts["triton"]["by_gpu"]
+    ]  # fmt: skip
+    columns = ("capability", "ops with Triton kernels", "dtypes", "matrix products of the module")
+    print_table(f"Triton on GPUs ({facts['triton']['settings']})", columns, rows)
     rows = list(facts["plain_pytorch"].items())
     print_table("Parts of FusedInTI that are plain PyTorch in every backend", ("part", "why"), rows)
     rows = [(n, facts["environment"][n] or "(unset)", what) for n, what in _environment.VARIABLES.items()]

@@ -66,11 +66,14 @@ def _kept_taps(taps, tap_step, there, SPACE: tl.constexpr):
 
 @triton.jit
 def _load_position(position, frame, exists, there, dim, WIDE: tl.constexpr):
-    """σP of a frame, wide [CHANNELS], or None; position: pointers to frame 0's, or None"""
-    if position is None:
-        return None
-    else:  # Triton compiles what stands behind a return
-        return tl.load(position + frame * dim, mask=exists & there, other=0).to(WIDE)
+    """A tuple of a frame's σP, wide [CHANNELS]; empty if position, pointers to frame 0's, is None.
+
+    (Before 3.6, Triton's functions can't return None.)
+    """
+    added = ()
+    if position is not None:
+        added = (tl.load(position + frame * dim, mask=exists & there, other=0).to(WIDE),)
+    return added
 
 
 @triton.jit
@@ -78,8 +81,8 @@ def _load_shifted(frame, offset, inside, there, added, WIDE: tl.constexpr):
     """A frame's tile moved by some rows and columns, x + σP, and 0 on the padding.  [TOKENS, CHANNELS], wide"""
     inside = inside[:, None]
     value = tl.load(frame + offset, mask=inside & there[None, :], other=0).to(WIDE)
-    if added is not None:
-        value = tl.where(inside, value + added[None, :], 0)  # the padding has no position
+    for k in tl.static_range(len(added)):
+        value = tl.where(inside, value + added[k][None, :], 0)  # the padding has no position
     return value
 
 

@@ -38,21 +38,14 @@ def _softmax_of_two(logits, pair, live, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def _load_frame(x, position, channel, mask, WIDE: tl.constexpr):
-    """x + σP, wide [TOKENS, CHANNELS].  x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer, or None"""
+def _load_frame(x, position, first, channel, mask, WIDE: tl.constexpr):
+    """x + σP, wide [TOKENS, CHANNELS].  x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer to that of the
+    pair, and first where the frame's begins in it, or None"""
     value = tl.load(x + channel[None, :], mask=mask, other=0).to(WIDE)
     if position is not None:
         # Every token's threads load it (from L1): a row alone would go through shared memory to reach them.
-        value += tl.load(position + tl.broadcast_to(channel[None, :], mask.shape), mask=mask, other=0).to(WIDE)
+        value += tl.load(position + first + tl.broadcast_to(channel[None, :], mask.shape), mask=mask, other=0).to(WIDE)
     return value
-
-
-@triton.jit
-def _next_frame(position, dim):
-    if position is None:
-        return None
-    else:  # Triton compiles what stands behind a return
-        return position + dim
 
 
 # Sizes change from model to model or from clip to clip, and must not compile anew. `dim` and the strides come in units
@@ -98,8 +91,8 @@ def _pair_interpolate_forward_kernel(
         channel = start + tl.arange(0, CHANNELS)  # [CHANNELS]
         there = channel < dim
         mask = live[:, None] & there[None, :]
-        x0 = _load_frame(x_tile, position, channel, mask, WIDE)
-        x1 = _load_frame(x_tile + stride_frame, _next_frame(position, dim), channel, mask, WIDE)
+        x0 = _load_frame(x_tile, position, 0, channel, mask, WIDE)
+        x1 = _load_frame(x_tile + stride_frame, position, dim, channel, mask, WIDE)
         store_rounded(z_tile + channel[None, :], first * x0 + second * x1, mask)
 
 
@@ -155,8 +148,8 @@ def _pair_interpolate_backward_kernel(
             tl.store(sums, tl.sum(tl.where(mask, grad0, 0), 0), mask=there)
             tl.store(sums + dim, tl.sum(tl.where(mask, grad1, 0), 0), mask=there)
         if grad_logits is not None:
-            x0 = _load_frame(x_tile, position, channel, mask, WIDE)
-            x1 = _load_frame(x_tile + stride_frame, _next_frame(position, dim), channel, mask, WIDE)
+            x0 = _load_frame(x_tile, position, 0, channel, mask, WIDE)
+            x1 = _load_frame(x_tile + stride_frame, position, dim, channel, mask, WIDE)
             difference += grad * (x0 - x1)
         if grad_x is not None:
             to = grad_x + (clip * 2 * pairs + frame) * frame_size + (token.to(tl.int64) * dim)[:, None]
