@@ -23,6 +23,9 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
+collect_ignore = [] if INTERPRETED else ["test_triton_interpreted.py"]
+
+
 @pytest.fixture(autouse=True)
 def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and workspaces start as NaN: what a kernel doesn't write shows."""

@@ -313,13 +313,15 @@ RECIPE_CHECKS = (
 CHECKS = KERNEL_CHECKS if INTERPRETED else KERNEL_CHECKS + RECIPE_CHECKS
 
 
-def compare_with_reference(subject: Subject, backend: str, layout: str | None = None, **sizes: Any) -> None:
+def compare_with_reference(
+    subject: Subject, backend: str, layout: str | None = None, draws: int | None = None, **sizes: Any
+) -> None:
     """Outputs and all gradients against plain PyTorch and the float64 reference, by the three-way rule."""
     case = subject.case(**sizes)
     if layout is not None:
         case.inputs["x"] = layouts(case.inputs["x"])[layout]
     before = backends.executed.copy()
-    assert_close_three_way(three_way(subject.name, *case, backend=backend))
+    assert_close_three_way(three_way(subject.name, *case, backend=backend, draws=draws))
     ran = backends.executed - before
     assert ran[subject.name, backend]
     assert ran[f"{subject.name}_backward", backend]
