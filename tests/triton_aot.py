@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -177,6 +178,13 @@ def compiled(launch: Launch) -> Figures:
     )
 
 
+_work: list[Launch] = []  # in a worker
+
+
+def _compiled_by_number(number: int) -> Figures:
+    return compiled(_work[number])
+
+
 def _bytes(line: str) -> int:
     """How much a line of PTX such as `ld.global.v4.b32` moves."""
     (operation,) = re.findall(r"\b(?:ld|st)\.global\.[\w.:]+", line)
@@ -197,9 +205,12 @@ def main() -> int:
     work = [launch for arch in args.arch for launch in launches(arch)]
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     mine: dict[str, dict[str, Any]] = {}
-    # Each compiles in ptxas, a process of its own, and in LLVM, which lets the others run.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(compiled, work))
+    # Processes, for Triton's front end is Python; forked ones, for a kernel can't be pickled.
+    workers = concurrent.futures.ProcessPoolExecutor(
+        os.cpu_count(), multiprocessing.get_context("fork"), initializer=_work.extend, initargs=(work,)
+    )
+    with workers as pool:
+        results = list(pool.map(_compiled_by_number, range(len(work)), chunksize=4))
     over = []
     print(f"Triton {triton.__version__}")
     print(f"{'kernel':62} sm  {'regs':>4} {'spilled':>7} {'shared':>6} {'16 B':>5} {'narrower':>8}")

@@ -319,8 +319,8 @@ def _finish_gradient(
             grad += tl.load(to, mask=mask, other=0).to(value.dtype)
         store_rounded(to, grad, mask)
     if sums is not None:
-        total = tl.sum(tl.where(mask, value, 0), 0)
-        tl.store(sums + frame * dim, total, mask=exists & there)
+        # Tokens that aren't there have loaded nothing, and are 0.
+        tl.store(sums + frame * dim, tl.sum(value, 0), mask=exists & there)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "rows", *_TILING])

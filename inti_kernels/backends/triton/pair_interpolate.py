@@ -144,9 +144,10 @@ def _pair_interpolate_backward_kernel(
         grad = tl.load(grad_tile + channel[None, :], mask=mask, other=0).to(WIDE)
         grad0, grad1 = alpha * grad, beta * grad
         if partials is not None:
+            # Tokens that aren't there have loaded nothing, and are 0.
             sums = partials + ((clip * tiles + tile) * 2 * pairs + frame) * dim + channel
-            tl.store(sums, tl.sum(tl.where(mask, grad0, 0), 0), mask=there)
-            tl.store(sums + dim, tl.sum(tl.where(mask, grad1, 0), 0), mask=there)
+            tl.store(sums, tl.sum(grad0, 0), mask=there)
+            tl.store(sums + dim, tl.sum(grad1, 0), mask=there)
         if grad_logits is not None:
             x0 = _load_frame(x_tile, position, 0, channel, mask, WIDE)
             x1 = _load_frame(x_tile + stride_frame, position, dim, channel, mask, WIDE)
