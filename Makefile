@@ -43,7 +43,12 @@ NATIVE_STAMP := $(VENV)/.stamp-native
 
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help install demo test lint unit coverage sanitize test-mutants test-full bench format clean
+# Every Triton that the kernels are compiled with: those that torch 2.7 (V100's), 2.9, 2.14 and the next bring.
+TRITONS ?= 3.3.1 3.5.1 3.8.0 3.9.0
+TRITON_FOLDER := build/triton-versions
+
+.PHONY: help install demo test lint unit triton triton-check triton-tests triton-compile coverage sanitize \
+    test-mutants test-triton-versions test-full bench format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [TORCH=2.7.1] [ARGS='--frames 16']    torch here: $(TORCH)"
@@ -98,9 +103,10 @@ bench: install ## time every op and the module against plain PyTorch (ARGS="--dt
 
 # --- Testing --------------------------------------------------------------------------------------------------------
 
-test: install ## lint, unit and coverage
+test: install ## lint, unit, triton and coverage
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory triton
 	@$(MAKE) --no-print-directory coverage
 
 lint: install ## ruff and clang-format, nothing changed
@@ -112,6 +118,36 @@ lint: install ## ruff and clang-format, nothing changed
 unit: install ## the fast tests (PYTEST_ARGS="-k conv -x")
 	$(call say,Tests)
 	$(VENV_PYTHON) -m pytest tests $(PYTEST_ARGS)
+
+# Without a GPU: the kernels run in Triton's interpreter, and are compiled for every architecture by the Triton at hand.
+triton: install ## the Triton kernels: checked and tested in the interpreter, compiled for sm_70 to sm_90
+	@$(MAKE) --no-print-directory triton-check
+	@$(MAKE) --no-print-directory triton-tests
+	@$(MAKE) --no-print-directory triton-compile
+
+# The interpreter is Python and uses one core; the tests are shared out over the cores there are.
+triton-check: install
+	$(call say,Triton: check in the interpreter)
+	INTI_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m inti_kernels check
+
+triton-tests: install
+	$(call say,Triton: tests in the interpreter)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n auto \
+	    tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_triton_interpreted.py $(PYTEST_ARGS)
+
+triton-compile: install
+	$(call say,Triton: compiling ahead of time)
+	$(VENV_PYTHON) tests/triton_aot.py
+
+# A version stands in a folder of its own, before the installed one on the path.
+test-triton-versions: install ## compile the Triton kernels with every supported Triton (TRITONS="3.3.1 …")
+	@for version in $(TRITONS); do \
+	    folder=$(TRITON_FOLDER)/$$version; \
+	    printf '\n== Triton %s\n' $$version; \
+	    [ -d $$folder/triton ] || \
+	        $(PIP) install --quiet --no-deps --target $$folder triton==$$version || exit 1; \
+	    PYTHONPATH=$$folder $(VENV_PYTHON) tests/triton_aot.py || exit 1; \
+	done
 
 # On a build that counts the lines it executes. The op tests go through every instruction set of the machine.
 coverage: install ## the op tests, and how many lines of the C++ kernels they execute: 95 % or more
@@ -138,11 +174,11 @@ sanitize: install ## the op tests on a build with AddressSanitizer and UBSan
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(OP_TESTS) -k 'not compile and not export and not opcheck'
 
-test-mutants: install ## plant one-line faults in the C++ kernels and see each caught
+test-mutants: install ## plant one-line faults in the C++ and Triton kernels and see each caught
 	$(call say,Mutants)
 	$(VENV_PYTHON) tests/mutants.py
 
-test-full: install ## test, sanitize, test-mutants, and one wheel beside several torches; writes tests/FULL_RESULTS.md
+test-full: install ## test, sanitize, test-mutants, test-triton-versions, a wheel beside several torches; writes FULL_RESULTS.md
 	$(VENV_PYTHON) tests/full.py
 
 # --- Keeping house --------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ sets the bound, so it is as tight as the dtype allows at any size. A reference g
 nothing would be compared. In float64 ``t`` is ``r``, so the rule would forbid another order of summation; there
 ``FIXED_TOLERANCE`` takes its place, and in float32 it applies on top.
 
-Triton's interpreter, in which the triton backend runs on the CPU, truncates to bfloat16 where kernels round. Only there,
-bfloat16 results are allowed one unit of truncation more: eps(bfloat16) times max|r| or rms(r) on top of each bound. That
-the kernels' results are rounded is for the other backends, and a GPU, to show.
+Triton's interpreter, in which the triton backend runs on the CPU, truncates to bfloat16 where kernels round. Only
+there, bfloat16 results are allowed one unit of truncation more: eps(bfloat16) times max|r| or rms(r) on top of each
+bound. That the kernels' results are rounded is for the other backends, and a GPU, to show.
 
 The rule compares two samples of rounding errors, which says little of a handful of numbers: of two errors of one law,
 one is more than twice the other 3 times in 10. Small tensors are therefore compared over several random draws of the

@@ -117,7 +117,8 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     if not RESULTS.exists():  # README.md links to it, which `make test` checks
         RESULTS.write_text("# The last `make test-full`\n\nThe first run is under way.\n")
-    steps = [run(target, ["make", "--no-print-directory", target]) for target in ("test", "sanitize", "test-mutants")]
+    targets = ("test", "sanitize", "test-mutants", "test-triton-versions")
+    steps = [run(target, ["make", "--no-print-directory", target]) for target in targets]
     steps += wheel_steps()
     write(steps)
     return 0 if all(step.ok for step in steps) else 1

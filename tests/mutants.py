@@ -1,10 +1,11 @@
 # ruff: noqa: E501 - a fault reads best on one line
 """Plants one-line faults in the kernels, one at a time, and sees that the tests of the op catch each.
 
-    python tests/mutants.py [--op depthwise_conv3d]
+    python tests/mutants.py [--suite depthwise_conv3d]
 
-Works on a copy of the tree under build/mutants, built for the baseline instruction set. Exit status 1 if a fault
-survives. A fault that no test catches is a missing test, not a fault to take off the list.
+Works on a copy of the tree under build/mutants, built for the baseline instruction set; the Triton kernels run in
+Triton's interpreter. Exit status 1 if a fault survives. A fault that no test catches is a missing test, not a fault to
+take off the list.
 """
 
 from __future__ import annotations
@@ -83,26 +84,83 @@ MUTANTS = {
         ("the ring's row is another one", "slots[(r + Rows) % Rows]", "slots[(r + Rows + 1) % Rows]"),
         ("a prefix token is left unwritten", "k < shape.prefix; ++k)", "k < shape.prefix - 1; ++k)"),
     ),
+    "triton pair_interpolate": _mutants(
+        "inti_kernels/backends/triton/pair_interpolate.py",
+        ("the weights are swapped", "return first / (first + second), second / (first + second)", "return second / (first + second), first / (first + second)"),
+        ("small weights lose their digits", "return first / (first + second), second / (first + second)", "return first / (first + second), 1 - first / (first + second)"),
+        ("large logits overflow", "largest = tl.maximum(first, second)", "largest = 0 * first"),
+        ("the second frame has the first one's position", "position, dim, channel, mask, WIDE)\n        store", "position, 0, channel, mask, WIDE)\n        store"),
+        ("the backward forgets the position", "x0 = _load_frame(x_tile, position, 0, channel, mask, WIDE)\n            x1", "x0 = _load_frame(x_tile, None, 0, channel, mask, WIDE)\n            x1"),
+        ("the buffer is overwritten", "grad0 += tl.load(to, mask=mask, other=0).to(WIDE)", "grad0 += 0 * tl.load(to, mask=mask, other=0).to(WIDE)"),
+        ("the buffer is added to twice in the second frame", "grad1 += tl.load(", "grad1 += 2 * tl.load("),
+        ("the weights' own gradient is dropped", "total += tl.load(grad_weights + 2 * pair, mask=live, other=0).to(SOFTMAX)", "total += 0 * tl.load(grad_weights + 2 * pair, mask=live, other=0).to(SOFTMAX)"),
+        ("the second logit's gradient has the wrong sign", "pair + 1, -total, live)", "pair + 1, total, live)"),
+        ("both frames have the first one's partial sums", "tl.store(sums + dim, tl.sum(grad1, 0), mask=there)", "tl.store(sums + dim, tl.sum(grad0, 0), mask=there)"),
+        ("a tile's tokens are the next one's too", "(inside < tile_tokens) & (token < tokens)", "(token < tokens)"),
+        ("the batch stride is ignored", "x += (row // pairs).to(tl.int64) * stride_batch * VECTOR + frame * stride_frame", "x += frame * stride_frame"),
+        ("offsets of 32 bits", "clip, frame = (row // pairs).to(tl.int64), 2 * (row % pairs)", "clip, frame = (row // pairs), 2 * (row % pairs)\n    stride_batch = stride_batch.to(tl.int32)"),
+        ("bfloat16 logits go through their own softmax", "return tl.float64 if torch.float64 in (x.dtype, logits.dtype) else tl.float32", "return tl.float32"),
+    ),
+    "triton depthwise_conv3d": _mutants(
+        "inti_kernels/backends/triton/depthwise_conv3d.py",
+        ("the first column is padding", "live & (column >= 1)", "live & (column >= 2)"),
+        ("a row's end runs into the next row", "live & (column < width - 1)", "live"),
+        ("the row below the grid isn't padding", "(row < height - below) & exists", "exists"),
+        ("the row above the grid isn't padding", "inside = (row >= -below) & (row < height - below) & columns[k % SPACE] & exists", "inside = (row < height - below) & columns[k % SPACE] & exists"),
+        ("the padding has a position", "value = tl.where(inside, value + added[k][None, :], 0)", "value = value + added[k][None, :]"),
+        ("the bias is forgotten", "if bias is not None:\n        value +=", "if bias is not None:\n        value += 0 *"),
+        ("an output is centred on the pair's second frame", "(at,), 2 * out, source", "(at,), 2 * out + 1, source"),
+        ("a run's last frame is dropped", "tl.minimum(first + run, out_frames)", "tl.minimum(first + run, out_frames - 1)"),
+        ("the frame before the run is forgotten", "at = fed[1]\n    else:", "at = start\n    else:"),
+        ("the gradient's open frame is dropped", "before = fed[2]", "before = zeros"),
+        ("a prefix token is left unwritten", "mask = (token < prefix)[:, None]", "mask = (token < prefix - 1)[:, None]"),
+        ("the buffer's prefix tokens are cleared", "if (grad_x is not None) and (not ACCUMULATE):", "if grad_x is not None:"),
+        ("the buffer is overwritten", "grad += tl.load(to, mask=mask, other=0).to(value.dtype)", "grad += 0 * tl.load(to, mask=mask, other=0).to(value.dtype)"),
+        ("the bias's gradient counts a walk too many", "if time == 1:", "if time >= 1:"),
+        ("the weight's gradient reads a frame late", "frame = STRIDE * out + time - 1", "frame = STRIDE * out + time"),
+        ("the runs share a row of partial sums", "partials += ((clip * runs + first // run) * tiles + tile)", "partials += (clip * runs * tiles + tile)"),
+        ("a tile's patches are the next one's too", "live = (inside < tile_tokens) & (token < height * width)", "live = token < height * width"),
+        ("the taps of a row are mirrored", "* SPACE + h) * SPACE + w) * TAP_STEP", "* SPACE + h) * SPACE + SPACE - 1 - w) * TAP_STEP"),
+    ),
+    "triton": _mutants(
+        "inti_kernels/backends/triton/_launch.py",
+        ("the last partial sum is dropped", "for first in range(0, count, 8):", "for first in range(0, count - 1, 8):"),
+        ("garbage behind the last partial sum", "(number < count)[:, None, None] & mask[None, :, :]", "(number < count + 1)[:, None, None] & mask[None, :, :]"),
+        ("rows past the thirty-second are lost", "lambda at: triton.cdiv(rows, at.tokens) * at.blocks(columns)", "lambda at: at.blocks(columns)"),
+        ("accesses wider than the strides allow", "for size in (x.shape[-1], *strides(x, 1).values())", "for size in (x.shape[-1],)"),
+        ("a buffer takes every run of the tuner", '{"restore_value": ["grad_x"]} if accumulates else {}', "{}"),
+        ("tuning though PyTorch is to be deterministic", ' and not torch.are_deterministic_algorithms_enabled()', ""),
+    ),
 }  # fmt: skip
+
+
+# What catches them: test files, and what of them is left out. Of a suite that isn't here: tests/test_<suite>.py.
+TESTS = {
+    "triton pair_interpolate": ["tests/test_pair_interpolate.py", "tests/test_triton_interpreted.py"],
+    "triton depthwise_conv3d": ["tests/test_depthwise_conv3d.py", "tests/test_triton_interpreted.py"],
+    "triton": ["tests/test_triton_interpreted.py"],
+}
+SLOW = "not compile and not opcheck and not export"  # a compiler is what they wait for
+SLOW_INTERPRETED = f"{SLOW} and not traffic and not 682 and not checkpointed and not vmap"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=sorted(MUTANTS), action="append", help="only these tests'; may be repeated")
-    ops = parser.parse_args().op or sorted(MUTANTS)
+    parser.add_argument("--suite", choices=sorted(MUTANTS), action="append", help="only these; may be repeated")
+    suites = parser.parse_args().suite or sorted(MUTANTS)
     _copy()
     caught = survived = 0
-    for op in ops:
+    for suite in suites:
         _build()
-        if not _passes(op):
-            print(f"{op}: the tests fail without any fault; nothing can be said of the mutants")
+        if not _passes(suite):
+            print(f"{suite}: the tests fail without any fault; nothing can be said of the mutants")
             return 1
-        for mutant in MUTANTS[op]:
+        for mutant in MUTANTS[suite]:
             start = time.monotonic()
-            alive = _survives(op, mutant)
+            alive = _survives(suite, mutant)
             survived, caught = survived + alive, caught + (not alive)
             print(
-                f"{'SURVIVED' if alive else 'caught  '} {op}: {mutant.why} ({time.monotonic() - start:.0f} s)",
+                f"{'SURVIVED' if alive else 'caught  '} {suite}: {mutant.why} ({time.monotonic() - start:.0f} s)",
                 flush=True,
             )
     print(f"{caught} passed, {survived} failed")
@@ -122,7 +180,7 @@ def _copy() -> None:
             shutil.copy2(source, tree / name)
 
 
-def _survives(op: str, mutant: Mutant) -> bool:
+def _survives(suite: str, mutant: Mutant) -> bool:
     path = WORK / "tree" / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
@@ -132,7 +190,7 @@ def _survives(op: str, mutant: Mutant) -> bool:
     path.write_text(text.replace(mutant.old, mutant.new))
     try:
         _build()
-        return _passes(op)
+        return _passes(suite)
     finally:
         path.write_text(text)
 
@@ -154,30 +212,23 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
-def _passes(op: str) -> bool:
-    """Whether the op's tests pass; a crash or a hang is a caught fault too. What needs a compiler is left out: slow."""
+def _passes(suite: str) -> bool:
+    """Whether a suite's tests pass; a crash or a hang is a caught fault too. What needs a compiler is left out: slow."""
     (library,) = (WORK / "build").glob("_native*")
     environment = {**os.environ, "INTI_NATIVE_LIBRARY": str(library), "PYTHONPATH": str(WORK / "tree")}
     environment["HYPOTHESIS_PROFILE"] = "mutants"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        f"tests/test_{op}.py",
-    ]
-    command += ["-k", "not compile and not opcheck and not export"]
+    interpreted = suite.startswith("triton")
+    if interpreted:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += ["-n", "2"] if interpreted else []
+    command += [*TESTS.get(suite, [f"tests/test_{suite}.py"]), "-k", SLOW_INTERPRETED if interpreted else SLOW]
     try:
         done = subprocess.run(command, cwd=WORK / "tree", env=environment, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
         return False
     if done.returncode in (2, 3, 4, 5):  # interrupted, internal error, usage, no tests: not a verdict
-        raise SystemExit(f"pytest did not run the tests of {op}:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"pytest did not run the tests of {suite}:\n{done.stdout}{done.stderr}")
     return done.returncode == 0
 
 

@@ -35,7 +35,7 @@ class Subject:
         return op_cases(self.name, dtype=dtype, **{**SMALL, **self.sizes, **changes})
 
     def leaves(self, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[list[Tensor], Callable[..., Any]]:
-        """The inputs, requiring grad, and the user's function of them: run(*leaves, backend=…), on the one under test."""
+        """The inputs, requiring grad, and the user's function of them: run(*leaves), or of another backend=…."""
         inputs, kwargs = self.case(dtype, **changes)
         names = [name for name, value in inputs.items() if value is not None]
 

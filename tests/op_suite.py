@@ -147,7 +147,9 @@ def any_strides(subject: Subject) -> None:
     inputs, kwargs = subject.case()
     run = getattr(ops, subject.name)
     expected = run(**inputs, **kwargs, backend=subject.backend)
-    wanted = gradients(lambda x: run(**{**inputs, "x": x}, **kwargs, backend=subject.backend), [inputs["x"].requires_grad_()])
+    wanted = gradients(
+        lambda x: run(**{**inputs, "x": x}, **kwargs, backend=subject.backend), [inputs["x"].requires_grad_()]
+    )
     for name, x in layouts(inputs["x"].detach()).items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backends, "_noted", set())

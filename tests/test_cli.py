@@ -98,7 +98,7 @@ def test_info_says_why_the_compiled_module_is_missing():
 
 
 def test_info_shows_a_bad_backend_and_everything_else():
-    sentence = "INTI_BACKEND must be one of ('auto', 'reference', 'cpu'), got 'fastest'"
+    sentence = "INTI_BACKEND must be one of ('auto', 'reference', 'cpu', 'triton'), got 'fastest'"
     result = run("info", "--json", INTI_BACKEND="fastest")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
@@ -353,6 +353,17 @@ def test_a_kept_heap_reaches_the_process_that_times(tmp_path, monkeypatch):
     _, rows = benchmark(tmp_path, "--op", "pair_interpolate", "--heap", "kept")
     assert seen.keys() >= _stopwatch.KEPT_HEAP.keys()
     assert {row["heap"] for row in rows} == {"kept"}
+
+
+def test_bench_counts_traffic_and_times_nothing(tmp_path, capsys):
+    path = tmp_path / "traffic.json"
+    assert main(["bench", *SMALL, "--op", "pair_interpolate", "--traffic", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["traffic"]
+    assert [row["stage"] for row in rows] == ["forward", "backward"]
+    assert all(row["traffic"] >= row["through_l2"] > 0.9 and row["dim"] == 8 for row in rows)
+    out = capsys.readouterr().out
+    assert "through 6 MiB L2" in out
+    assert " ms " not in out
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])

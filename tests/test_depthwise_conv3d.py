@@ -82,7 +82,7 @@ def test_matches_reference_at_682_channels(backend: str, subject: Subject, dtype
 @pytest.mark.parametrize("grid", sizes([(2, 30), (3, 31), (1, 61), (2, 64)], [(2, 33)]), ids=str)
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 def test_wide_grids(backend: str, subject: Subject, grid: tuple[int, int]) -> None:
-    """The C++ kernels cut rows wider than 30 columns (32 without a halo) into tiles; a row of Triton's may be in two."""
+    """The C++ kernels cut rows wider than 30 columns (32 without a halo) into tiles; Triton's cut anywhere."""
     op_suite.compare_with_reference(subject, backend, batch=1, grid=grid, dim=sizes(5, 32))
 
 

@@ -182,15 +182,16 @@ def test_programs_are_moved_tensor_by_tensor():
 
 
 def test_kernels_compile_with_no_size_in_their_key():
-    """Two grids, clip lengths and layouts get the same code; a process of its own, for kernels may be interpreted here."""
+    """Other grids, clips and layouts get the same code; in a process of its own, where nothing is interpreted."""
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "import triton_aot as aot, torch, json\n"
         "from inti_kernels.backends.triton import depthwise_conv3d as conv\n"
         "from inti_kernels.testing import op_cases\n"
         "keys = set()\n"
-        "for frames, grid, batch, prefix in ((16, (14, 14), 1, 1), (8, (7, 9), 3, 0), (2, (1, 1), 1, 5)):\n"
-        "    inputs, kwargs = op_cases('depthwise_conv3d', dim=64, frames=frames, grid=grid, batch=batch, prefix=prefix)\n"
+        "for t, grid, batch, prefix in ((16, (14, 14), 1, 1), (8, (7, 9), 3, 0), (2, (1, 1), 1, 5)):\n"
+        "    sizes = {'frames': t, 'grid': grid, 'batch': batch, 'prefix': prefix}\n"
+        "    inputs, kwargs = op_cases('depthwise_conv3d', dim=64, **sizes)\n"
         "    x = inputs['x'].transpose(0, 1).contiguous().transpose(0, 1)\n"
         "    arguments = (x, *list(inputs.values())[1:], grid, 2, prefix)\n"
         "    (launch,) = aot._intercepted(lambda: conv.depthwise_conv3d_forward(*arguments), 70, '')\n"

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time, as a launch at real sizes would, and holds it to tests/triton_budget.json.
+"""Compiles every Triton kernel ahead of time, as launches at real sizes do, and holds it to tests/triton_budget.json.
 
     python tests/triton_aot.py [--arch 70 …] [--update] [--json FILE]
 
@@ -166,7 +166,9 @@ def compiled(launch: Launch) -> Figures:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     read = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout))
     accesses = [_bytes(line) for line in made.asm["ptx"].splitlines() if re.search(r"\b(ld|st)\.global\.", line)]
     return Figures(
@@ -220,10 +222,8 @@ def main() -> int:
         allowed = budget.get(triton.__version__, {}).get(str(launch.arch), {}).get(launch.name)
         problems = _wrong(row, launch) + (_over(row, allowed) if not args.update else [])
         over += [f"{launch.name} for sm_{launch.arch}: {problem}" for problem in problems]
-        print(
-            f"{launch.name:62} {launch.arch}  {row['registers']:4} {row['spilled']:7} {row['shared']:6} {row['wide']:5} "
-            f"{row['narrow']:8}{'  OVER' if problems else ''}"
-        )
+        cells = (f"{row[name]:{width}}" for name, width in zip(row, (4, 7, 6, 5, 8), strict=True))
+        print(f"{launch.name:62} {launch.arch}  {' '.join(cells)}{'  OVER' if problems else ''}")
     if args.update:
         budget.setdefault(triton.__version__, {}).update(mine)
         BUDGET.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")

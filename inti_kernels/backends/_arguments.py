@@ -63,7 +63,7 @@ def taps_first(weight: Tensor) -> Tensor:
 
 
 def gradient_buffer(x: Tensor, need: bool, accumulate: Tensor | None) -> Tensor | None:
-    """Where the gradient of x goes: the buffer to add to if there is one, else fresh memory; None if it isn't needed."""
+    """Where the gradient of x goes: the buffer to add to if there is one, else fresh memory; None if not needed."""
     if not need:
         return None
     return empty(x.shape, x) if accumulate is None else accumulate

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from . import _environment
 from ._contest import contest, ticks
 from ._stopwatch import COMPILE, EAGER, FLOOR, FUSED, Task, TimingFailed
 from ._tables import Progress, kibibytes, print_table
+from ._traffic import count_elsewhere
 
 if TYPE_CHECKING:
     from ..benchmarks import Sizes
@@ -58,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="system",
         help="kept tells glibc to give no memory back to the system between steps (default: system, as it comes)",
     )
+    parser.add_argument(
+        "--traffic",
+        action="store_true",
+        help="time nothing: count the bytes that the Triton kernels move at these sizes, in Triton's interpreter (needs "
+        "no GPU; printed beside the times of the triton backend anyway)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to a new file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the medians into a new file, such as bench.png")
     parser.epilog = "Exit status: 0; 1 if a kernel failed its comparison or what was asked for can't be done."
@@ -86,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = DTYPES[args.dtype]
     names = OPS if args.op == "all" else (args.op,)
     facts = {**_environment.summary(device), "heap": args.heap, "dtype": args.dtype, **vars(sizes)}
+    if args.traffic:
+        return _only_traffic(names, sizes, dtype, args.json, facts)
     tasks = [_task(name, sizes, args) for name in names]
     rows: list[dict[str, Any]] = []
     with Progress(sum(map(ticks, tasks))) as progress:
@@ -101,13 +110,52 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         _print(f"{name}, {title}", [row for row in rows if row["op"] == name])
     print("GB/s and GFLOP/s are of the least bytes and multiply-accumulates (benchmarks/README.md).")
+    in_triton = [name for name in names if any(r["op"] == name and "triton" in r["executed"] for r in rows)]
+    traffic = _traffic_rows(in_triton, sizes, dtype) if in_triton else []
+    if traffic:
+        _print_traffic(traffic, title)
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+        args.json.write_text(json.dumps({"rows": rows, "traffic": traffic}, indent=1, ensure_ascii=False) + "\n")
     if args.plot:
         from ._plot import plot
 
         plot(rows, args.plot, title)
     return int(any(row["status"] == "FAIL" and row["contender"] == FUSED for row in rows))
+
+
+def _only_traffic(
+    names: Sequence[str], sizes: Sizes, dtype: torch.dtype, path: Path | None, facts: dict[str, Any]
+) -> int:
+    try:
+        traffic = _traffic_rows(names, sizes, dtype)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    _print_traffic(traffic, _title(facts))
+    if path:
+        path.write_text(json.dumps({"traffic": traffic}, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+def _traffic_rows(names: Sequence[str], sizes: Sizes, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Of the ops that have Triton kernels; the module's are those of its ops."""
+    kernels = [op for op, names_of in backends.HAS_KERNEL.items() if "triton" in names_of]
+    wanted = [op for op in kernels if op in names or "inti" in names]
+    return [{**asdict(row), **vars(sizes)} for op in wanted for row in count_elsewhere(op, dtype, **vars(sizes))]
+
+
+def _print_traffic(rows: Sequence[dict[str, Any]], title: str) -> None:
+    columns = ("op", "pass", "programs", "traffic", "through 6 MiB L2")
+    cells = [
+        (f"{r['op']} {r['case']}", r["stage"], str(r["programs"]), f"{r['traffic']:.2f}", f"{r['through_l2']:.2f}")
+        for r in rows
+    ]
+    print_table(
+        f"Bytes moved by the Triton kernels over the least possible, {title}", columns, cells, right=columns[2:]
+    )
+    print(
+        "Counted from the addresses that V100's launch settings touch in Triton's interpreter (benchmarks/README.md)."
+    )
 
 
 def _task(name: str, sizes: Sizes, args: argparse.Namespace) -> Task:

@@ -87,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=(*backends.BACKENDS, "auto"),
-        help="check this backend only, an error if it can't run here (default: INTI_BACKEND if that names one, else every "
-        "backend that can)",
+        help="check this backend only, an error if it can't run here (default: INTI_BACKEND if that names one, else "
+        "every backend that can)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.epilog = (

@@ -67,10 +67,10 @@ def _print(facts: dict[str, Any]) -> None:
         names = tuple(states["backends"])
         rows = [(op, *(_state(by_backend[name]) for name in names)) for op, by_backend in states["ops"].items()]
         print_table(f"Ops on {kind}", ("op", *names), rows)
-    rows = [
-        (f"{gpu['capability']} {gpu['name']}", ", ".join(gpu["ops"]), " ".join([", ".join(gpu["dtypes"]) + ".", *gpu["why_not"]]), gpu["products"])
-        for gpu in facts["triton"]["by_gpu"]
-    ]  # fmt: skip
+    rows = []
+    for gpu in facts["triton"]["by_gpu"]:
+        dtypes = " ".join([", ".join(gpu["dtypes"]) + ".", *gpu["why_not"]])
+        rows.append((f"{gpu['capability']} {gpu['name']}", ", ".join(gpu["ops"]), dtypes, gpu["products"]))
     columns = ("capability", "ops with Triton kernels", "dtypes", "matrix products of the module")
     print_table(f"Triton on GPUs ({facts['triton']['settings']})", columns, rows)
     rows = list(facts["plain_pytorch"].items())

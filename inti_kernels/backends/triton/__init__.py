@@ -64,7 +64,7 @@ def tuning() -> str:
     from ._launch import caches_tuning
 
     return "tuned at the first launch of each size, " + (
-        "and kept on disk, in Triton's cache" if caches_tuning() else "once a process: Triton before 3.4 keeps no tuning"
+        "and kept on disk, in Triton's cache" if caches_tuning() else "once a process: Triton before 3.4 keeps none"
     )
 
 
@@ -91,7 +91,7 @@ def _no_gpu() -> str:
 
 def _why_not_installed() -> list[str]:
     if importlib.util.find_spec("triton") is None:
-        return ["Triton is not installed; PyTorch's wheels for Linux bring the one that fits: pip install torch triton."]
+        return ["Triton is not installed; PyTorch's wheels for Linux bring the one that fits: pip install triton."]
     try:
         import triton
     except Exception as error:  # an ABI error or a missing library is a reason, not the end of `auto`

@@ -45,10 +45,10 @@ class Settings:
 
 
 # kernel -> rows of (least compute capability, least dim, settings for 16-bit tokens); the first row that fits is taken.
-# V100 relies on this table: nothing is measured before the first step. What it is chosen for, at batch 1, dim 768, 14×14,
-# 16 frames:
-# * at least LEAST_PROGRAMS; narrow models get there by smaller tiles, GPUs of more SMs and with an L2 that holds the clip
-#   by shorter runs;
+# V100 relies on this table: nothing is measured before the first step. What it is chosen for, at batch 1, dim 768,
+# 14×14, 16 frames:
+# * at least LEAST_PROGRAMS; narrow models get there by smaller tiles, GPUs of more SMs, whose L2 holds the clip, by
+#   shorter runs;
 # * rows of 32 bytes or more, so that no sector is read by halves;
 # * a 16-byte access a thread and tile (two in pair_interpolate), and registers for two programs an SM, 16 warps; one
 #   with nine sums a thread, whose ten loads at a time hide as much.
@@ -172,12 +172,12 @@ def caches_tuning() -> bool:
     return "cache_results" in inspect.signature(triton.autotune).parameters
 
 
-# --- What kernels share ------------------------------------------------------------------------------------------------
+# --- What kernels share -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def store_rounded(to, value, mask):
-    """Stores a value in the pointer's dtype; float64 goes by way of float32 to bfloat16, which the interpreter needs."""
+    """Stores a value in the pointer's dtype; float64 goes to bfloat16 by way of float32: the interpreter needs it."""
     if to.dtype.element_ty == tl.bfloat16:
         value = value.to(tl.float32)
     tl.store(to, value.to(to.dtype.element_ty), mask=mask)

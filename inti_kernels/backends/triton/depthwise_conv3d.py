@@ -37,7 +37,14 @@ def _program(dim, tiles, runs, run, out_frames, CHANNELS: tl.constexpr):
     channels = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     tile = rest % tiles
     first = rest // tiles % runs * run
-    return channels, channels < dim, tile, first, tl.minimum(first + run, out_frames), (rest // tiles // runs).to(tl.int64)
+    return (
+        channels,
+        channels < dim,
+        tile,
+        first,
+        tl.minimum(first + run, out_frames),
+        (rest // tiles // runs).to(tl.int64),
+    )
 
 
 @triton.jit
@@ -90,31 +97,28 @@ def _load_shifted(frame, offset, inside, there, added, WIDE: tl.constexpr):
 def _add_frame(
     sums,  # a tuple of [TOKENS, CHANNELS]: the outputs that the frame feeds; sums[k] by tap FIRST - STEP·k along time
     frame,  # its number; out of the clip, it adds nothing
-    frames,
-    tile,  # pointers to the tile in frame 0, [TOKENS, CHANNELS]
-    stride_frame,
-    stride_token,
-    position,  # pointers to frame 0's, [CHANNELS], or None
-    row,  # as `_place` gives them
-    columns,
-    height,
-    width,
-    taps,  # pointers to the first tap, [CHANNELS]
-    tap_step,  # from a tap to the next
+    source,  # pointers to the tile in frame 0 [TOKENS, CHANNELS]; frames; strides of a frame and of a token
+    position,  # pointers to frame 0's [CHANNELS], or None
+    place,  # rows of the tile's tokens [TOKENS], height, width
+    columns,  # as `_place` gives them
+    taps,  # pointers to the first tap [CHANNELS]
     kept,  # as `_kept_taps` gives them
     there,  # [CHANNELS]
-    dim,
-    rows,  # SPACE
+    rows,  # SPACE, as a number that the compiler doesn't know
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
+    TAP_STEP: tl.constexpr,  # from a tap to the next
+    DIM: tl.constexpr,
     SPACE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    tile, frames, stride_frame, stride_token = source
+    row, height, width = place
     exists = (frame >= 0) & (frame < frames)
-    added = _load_position(position, frame, exists, there, dim, WIDE)
+    added = _load_position(position, frame, exists, there, DIM, WIDE)
     tile += frame * stride_frame
     # A loop whose end the compiler doesn't know: unrolled, it has all loads ahead of all sums, and spills.
-    for h in range(0, rows):
+    for h in range(rows):
         below = h - SPACE // 2
         inside = (row >= -below) & (row < height - below) & exists
         fed = sums
@@ -126,7 +130,7 @@ def _add_frame(
                 if SPACE == 1:
                     tap = kept[FIRST - STEP * k]
                 else:
-                    tap = tl.load(taps + (((FIRST - STEP * k) * SPACE + h) * SPACE + w) * tap_step, mask=there, other=0)
+                    tap = tl.load(taps + (((FIRST - STEP * k) * SPACE + h) * SPACE + w) * TAP_STEP, mask=there, other=0)
                 more = more + (fed[k] + value * tap.to(WIDE)[None, :],)
             fed = more
         sums = fed
@@ -144,6 +148,7 @@ def _clear_prefix(frame, prefix, channels, there, dim, TOKENS: tl.constexpr, CHA
 
 
 # --- Forward ----------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def _finish_output(value, bias, y_tile, mask, there, WIDE: tl.constexpr):
@@ -193,6 +198,7 @@ def _depthwise_conv3d_forward_kernel(
     mask = live[:, None] & there[None, :]
     token = (prefix + token).to(tl.int64)[:, None]
     x_tile = x + clip * stride_batch * VECTOR + token * stride_token + channels[None, :]
+    source, place = (x_tile, frames, stride_frame, stride_token), (row, height, width)
     frame_size = (prefix + height * width).to(tl.int64) * DIM
     y += clip * out_frames * frame_size
     y_tile = y + token * DIM + channels[None, :]
@@ -206,31 +212,31 @@ def _depthwise_conv3d_forward_kernel(
 
     # An output is open from the frame before it to the frame behind it; `at` is the run's first one.
     at = _add_frame(
-        (start,), STRIDE * first - 1, frames, x_tile, stride_frame, stride_token, position, row, columns, height, width, taps,
-        DIM, kept, there, DIM, rows, 0, 1, SPACE, WIDE,
+        (start,), STRIDE * first - 1, source, position, place, columns, taps, kept, there, rows,
+        0, 1, DIM, DIM, SPACE, WIDE,
     )[0]  # fmt: skip
     if STRIDE == 2:
         for out in range(first, last):
             at = _add_frame(
-                (at,), 2 * out, frames, x_tile, stride_frame, stride_token, position, row, columns, height, width, taps, DIM,
-                kept, there, DIM, rows, 1, 1, SPACE, WIDE,
+                (at,), 2 * out, source, position, place, columns, taps, kept, there, rows,
+                1, 1, DIM, DIM, SPACE, WIDE,
             )[0]  # fmt: skip
             fed = _add_frame(
-                (at, start), 2 * out + 1, frames, x_tile, stride_frame, stride_token, position, row, columns, height, width,
-                taps, DIM, kept, there, DIM, rows, 2, 2, SPACE, WIDE,
+                (at, start), 2 * out + 1, source, position, place, columns, taps, kept, there, rows,
+                2, 2, DIM, DIM, SPACE, WIDE,
             )  # fmt: skip
             _finish_output(fed[0], bias, y_tile + out * frame_size, mask, there, WIDE)
             at = fed[1]
     else:
         opened = _add_frame(
-            (at, start), first, frames, x_tile, stride_frame, stride_token, position, row, columns, height, width, taps, DIM,
-            kept, there, DIM, rows, 1, 1, SPACE, WIDE,
+            (at, start), first, source, position, place, columns, taps, kept, there, rows,
+            1, 1, DIM, DIM, SPACE, WIDE,
         )  # fmt: skip
         at, behind = opened[0], opened[1]
         for out in range(first, last):
             fed = _add_frame(
-                (at, behind, start), out + 1, frames, x_tile, stride_frame, stride_token, position, row, columns,
-                height, width, taps, DIM, kept, there, DIM, rows, 2, 1, SPACE, WIDE,
+                (at, behind, start), out + 1, source, position, place, columns, taps, kept, there, rows,
+                2, 1, DIM, DIM, SPACE, WIDE,
             )  # fmt: skip
             _finish_output(fed[0], bias, y_tile + out * frame_size, mask, there, WIDE)
             at, behind = fed[1], fed[2]
@@ -239,9 +245,7 @@ def _depthwise_conv3d_forward_kernel(
             _clear_prefix(y + out * frame_size, prefix, channels, there, DIM, TOKENS, CHANNELS)
 
 
-def _tiling(
-    at: Settings, grid: Sequence[int], out_frames: int, temporal_stride: int
-) -> dict[str, int]:
+def _tiling(at: Settings, grid: Sequence[int], out_frames: int, temporal_stride: int) -> dict[str, int]:
     """How patches and output frames are shared out: tiles of equal size, runs of at.frames input frames."""
     patches = grid[0] * grid[1]
     tiles, run = triton.cdiv(patches, at.tokens), at.frames // temporal_stride
@@ -359,6 +363,7 @@ def _depthwise_conv3d_backward_x_kernel(
     mask = live[:, None] & there[None, :]
     token = (prefix + token).to(tl.int64)[:, None]
     grad_tile = grad_y + clip * stride_batch * VECTOR + token * stride_token + channels[None, :]
+    source, place = (grad_tile, out_frames, stride_frame, stride_token), (row, height, width)
     frame_size = (prefix + height * width).to(tl.int64) * DIM
     x_tile = None
     if grad_x is not None:
@@ -377,8 +382,8 @@ def _depthwise_conv3d_backward_x_kernel(
         before = zeros
         for out in range(first, last):
             fed = _add_frame(
-                (before, zeros, zeros), out, out_frames, grad_tile, stride_frame, stride_token, None, row, columns,
-                height, width, taps, -DIM, kept, there, DIM, rows, 2, 1, SPACE, WIDE,
+                (before, zeros, zeros), out, source, None, place, columns, taps, kept, there, rows,
+                2, 1, -DIM, DIM, SPACE, WIDE,
             )  # fmt: skip
             _finish_gradient(
                 fed[0], 2 * out - 1, out > first, x_tile, frame_size, sums_at, mask, there, DIM, ACCUMULATE
@@ -386,24 +391,24 @@ def _depthwise_conv3d_backward_x_kernel(
             _finish_gradient(fed[1], 2 * out, True, x_tile, frame_size, sums_at, mask, there, DIM, ACCUMULATE)
             before = fed[2]
         before = _add_frame(
-            (before,), last, out_frames, grad_tile, stride_frame, stride_token, None, row, columns, height, width, taps, -DIM,
-            kept, there, DIM, rows, 2, 1, SPACE, WIDE,
+            (before,), last, source, None, place, columns, taps, kept, there, rows,
+            2, 1, -DIM, DIM, SPACE, WIDE,
         )[0]  # fmt: skip
         _finish_gradient(before, 2 * last - 1, True, x_tile, frame_size, sums_at, mask, there, DIM, ACCUMULATE)
     else:
         at = _add_frame(
-            (zeros,), first - 1, frames, grad_tile, stride_frame, stride_token, None, row, columns, height, width, taps, -DIM,
-            kept, there, DIM, rows, 0, 1, SPACE, WIDE,
+            (zeros,), first - 1, source, None, place, columns, taps, kept, there, rows,
+            0, 1, -DIM, DIM, SPACE, WIDE,
         )[0]  # fmt: skip
         opened = _add_frame(
-            (at, zeros), first, frames, grad_tile, stride_frame, stride_token, None, row, columns, height, width, taps, -DIM,
-            kept, there, DIM, rows, 1, 1, SPACE, WIDE,
+            (at, zeros), first, source, None, place, columns, taps, kept, there, rows,
+            1, 1, -DIM, DIM, SPACE, WIDE,
         )  # fmt: skip
         at, behind = opened[0], opened[1]
         for out in range(first, last):
             fed = _add_frame(
-                (at, behind, zeros), out + 1, frames, grad_tile, stride_frame, stride_token, None, row, columns,
-                height, width, taps, -DIM, kept, there, DIM, rows, 2, 1, SPACE, WIDE,
+                (at, behind, zeros), out + 1, source, None, place, columns, taps, kept, there, rows,
+                2, 1, -DIM, DIM, SPACE, WIDE,
             )  # fmt: skip
             _finish_gradient(fed[0], out, True, x_tile, frame_size, sums_at, mask, there, DIM, ACCUMULATE)
             at, behind = fed[1], fed[2]
@@ -461,7 +466,7 @@ def _depthwise_conv3d_backward_weight_kernel(
     bias_sum = zeros
     for time in range(3):
         sums = ()
-        for k in tl.static_range(sums_of):
+        for _k in tl.static_range(sums_of):
             sums = sums + (zeros,)
         for out in range(first, last):
             frame = STRIDE * out + time - 1

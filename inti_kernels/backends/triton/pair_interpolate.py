@@ -13,7 +13,18 @@ from torch import Tensor
 
 from .._arguments import channels_contiguous, expect, gradient_buffer, wide_dtype
 from .._memory import empty
-from ._launch import LEAST_PROGRAMS, Settings, launch, settings, small, store_rounded, strides, sum_partials, vector, wide
+from ._launch import (
+    LEAST_PROGRAMS,
+    Settings,
+    launch,
+    settings,
+    small,
+    store_rounded,
+    strides,
+    sum_partials,
+    vector,
+    wide,
+)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -39,8 +50,8 @@ def _softmax_of_two(logits, pair, live, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def _load_frame(x, position, first, channel, mask, WIDE: tl.constexpr):
-    """x + σP, wide [TOKENS, CHANNELS].  x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer to that of the
-    pair, and first where the frame's begins in it, or None"""
+    """x + σP, wide [TOKENS, CHANNELS].  x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer to the pair's,
+    in which the frame's begins at first, or None"""
     value = tl.load(x + channel[None, :], mask=mask, other=0).to(WIDE)
     if position is not None:
         # Every token's threads load it (from L1): a row alone would go through shared memory to reach them.
