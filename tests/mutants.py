@@ -114,7 +114,7 @@ MUTANTS = {
         ("the frame before the run is forgotten", "at = fed[1]\n    else:", "at = start\n    else:"),
         ("the gradient's open frame is dropped", "before = fed[2]", "before = zeros"),
         ("a prefix token is left unwritten", "mask = (token < prefix)[:, None]", "mask = (token < prefix - 1)[:, None]"),
-        ("the buffer's prefix tokens are cleared", "if (grad_x is not None) and (not ACCUMULATE):", "if grad_x is not None:"),
+        ("the buffer's prefix tokens are cleared", "(grad_x is not None) and (not ACCUMULATE):", "grad_x is not None:"),
         ("the buffer is overwritten", "grad += tl.load(to, mask=mask, other=0).to(value.dtype)", "grad += 0 * tl.load(to, mask=mask, other=0).to(value.dtype)"),
         ("the bias's gradient counts a walk too many", "if time == 1:", "if time >= 1:"),
         ("the weight's gradient reads a frame late", "frame = STRIDE * out + time - 1", "frame = STRIDE * out + time"),

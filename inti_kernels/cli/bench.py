@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traffic",
         action="store_true",
-        help="time nothing: count the bytes that the Triton kernels move at these sizes, in Triton's interpreter (needs "
+        help="time nothing: count the bytes that the Triton kernels move at these sizes, in its interpreter (needs "
         "no GPU; printed beside the times of the triton backend anyway)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to a new file")

@@ -412,7 +412,7 @@ def _depthwise_conv3d_backward_x_kernel(
             )  # fmt: skip
             _finish_gradient(fed[0], out, True, x_tile, frame_size, sums_at, mask, there, DIM, ACCUMULATE)
             at, behind = fed[1], fed[2]
-    if (grad_x is not None) and (not ACCUMULATE):
+    if (grad_x is not None) and (not ACCUMULATE):  # noqa: SIM102 - this much is known when compiling
         if tile == 0:
             for frame in range(STRIDE * first, STRIDE * last):
                 _clear_prefix(grad_x + frame * frame_size, prefix, channels, there, DIM, TOKENS, CHANNELS)
