@@ -50,8 +50,10 @@ def _softmax_of_two(logits, pair, live, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def _load_frame(x, position, first, channel, mask, WIDE: tl.constexpr):
-    """x + σP, wide [TOKENS, CHANNELS].  x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer to the pair's,
-    or None; first: where the frame's begins"""
+    """x + σP, wide [TOKENS, CHANNELS].
+
+    x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer to the pair's, or None; first: where the frame's is.
+    """
     value = tl.load(x + channel[None, :], mask=mask, other=0).to(WIDE)
     if position is not None:
         # Every token's threads load it (from L1): a row alone would go through shared memory to reach them.
