@@ -52,7 +52,7 @@ def _softmax_of_two(logits, pair, live, SOFTMAX: tl.constexpr):
 def _load_frame(x, position, first, channel, mask, WIDE: tl.constexpr):
     """x + σP, wide [TOKENS, CHANNELS].
 
-    x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer to the pair's, or None; first: the frame's offset.
+    x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer to the pair's or None; first: the frame's offset.
     """
     value = tl.load(x + channel[None, :], mask=mask, other=0).to(WIDE)
     if position is not None:
