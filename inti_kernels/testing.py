@@ -210,7 +210,7 @@ def three_way(
         upstream, plain = Upstream(seed + number), getattr(functional, op)
         k = run(values, upstream, getattr(ops, op), backend=backend)
         results.append((k, run(values, upstream, plain), run(exact, upstream, plain)))
-    return compare_runs(results, truncated=_truncates(backend, given["x"]))
+    return compare_runs(results, truncated=_truncates(backend, given["x"], op))
 
 
 def three_way_module(
@@ -298,11 +298,12 @@ def compare_runs(
     return rows
 
 
-def _truncates(backend: str | None, x: Tensor) -> bool:
+def _truncates(backend: str | None, x: Tensor, op: str | None = None) -> bool:
     """Whether x goes through Triton's interpreter."""
     from . import backends
 
-    return backends.requested(backend) == "triton" and x.device.type == "cpu"
+    has_kernel = op is None or "triton" in backends.HAS_KERNEL[op]
+    return has_kernel and backends.requested(backend) == "triton" and x.device.type == "cpu"
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:

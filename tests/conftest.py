@@ -35,9 +35,9 @@ def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     modules = [_memory, _arguments, cpu]
     if INTERPRETED:
-        from inti_kernels.backends.triton import depthwise_conv3d, pair_interpolate
+        from inti_kernels.backends.triton import _launch, depthwise_conv3d, pair_interpolate
 
-        modules += [depthwise_conv3d, pair_interpolate]
+        modules += [_launch, depthwise_conv3d, pair_interpolate]
     for module in modules:
         monkeypatch.setattr(module, "empty", empty_of_nan)
 

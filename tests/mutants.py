@@ -100,7 +100,7 @@ MUTANTS = {
         ("a tile's tokens are the next one's too", "(inside < tile_tokens) & (token < tokens)", "(token < tokens)"),
         ("the batch stride is ignored", "x += (row // pairs).to(tl.int64) * stride_batch * VECTOR + frame * stride_frame", "x += frame * stride_frame"),
         ("offsets of 32 bits", "clip, frame = (row // pairs).to(tl.int64), 2 * (row % pairs)", "clip, frame = (row // pairs), 2 * (row % pairs)\n    stride_batch = stride_batch.to(tl.int32)"),
-        ("bfloat16 logits go through their own softmax", "return tl.float64 if torch.float64 in (x.dtype, logits.dtype) else tl.float32", "return tl.float32"),
+        ("float64 softmax in float32", "return tl.float64 if torch.float64 in (x.dtype, logits.dtype) else tl.float32", "return tl.float32"),
     ),
     "triton depthwise_conv3d": _mutants(
         "inti_kernels/backends/triton/depthwise_conv3d.py",
@@ -117,6 +117,7 @@ MUTANTS = {
         ("a prefix token is left unwritten", "mask = (token < prefix)[:, None]", "mask = (token < prefix - 1)[:, None]"),
         ("the buffer's prefix tokens are cleared", "(grad_x is not None) and (not ACCUMULATE):", "grad_x is not None:"),
         ("the buffer is overwritten", "grad += tl.load(to, mask=mask, other=0).to(value.dtype)", "grad += 0 * tl.load(to, mask=mask, other=0).to(value.dtype)"),
+        ("a clip's second run has the next clip's partial sums", "clip * runs + first // run", "clip + first // run"),
         ("the bias's gradient counts a walk too many", "if time == 1:", "if time >= 1:"),
         ("the weight's gradient reads a frame late", "frame = STRIDE * out + time - 1", "frame = STRIDE * out + time"),
         ("the runs share a row of partial sums", "partials += ((clip * runs + first // run) * tiles + tile)", "partials += (clip * runs * tiles + tile)"),

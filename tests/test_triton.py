@@ -14,7 +14,7 @@ import torch
 
 from inti_kernels import backends, ops
 from inti_kernels.backends import triton
-from inti_kernels.cli import _environment, _traffic
+from inti_kernels.cli import _environment, _traffic, check
 
 CUDA = torch.device("cuda", 0)
 
@@ -38,11 +38,17 @@ def gpu(monkeypatch):
 
 
 def test_on_the_cpu_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (reason,) = backends.why_not("triton", "pair_interpolate")
     assert "these tensors are on the CPU" in reason
     assert f"torch {torch.__version__}" in reason
     assert "TRITON_INTERPRET=1" in reason
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_interpreted(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)], ids=str)
@@ -129,6 +135,8 @@ def test_auto_takes_triton_on_a_gpu_and_never_its_interpreter(gpu, monkeypatch):
     with pytest.warns(UserWarning, match="runs where it is asked for only"):
         assert backends._first_that_can("pair_interpolate", ("triton",), x) == "reference"
     gpu((7, 0))
+    assert "would run in Triton's interpreter" in backends.why_not("triton", device=CUDA)[0]
+    monkeypatch.delenv("TRITON_INTERPRET")
     on_gpu = type("OnGpu", (), {"device": CUDA, "dtype": torch.float16})()
     assert backends._first_that_can("pair_interpolate", backends.HAS_KERNEL["pair_interpolate"], on_gpu) == "triton"
 
@@ -136,7 +144,8 @@ def test_auto_takes_triton_on_a_gpu_and_never_its_interpreter(gpu, monkeypatch):
 # --- info -------------------------------------------------------------------------------------------------------------
 
 
-def test_info_says_what_a_v100_runs(gpu):
+def test_info_says_what_a_v100_runs(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rows = {row["capability"]: row for row in _environment.triton_by_gpu()}
     v100 = rows["7.0"]
     assert v100["name"] == "V100"
@@ -145,6 +154,9 @@ def test_info_says_what_a_v100_runs(gpu):
     assert "bfloat16 needs compute capability 8.0" in v100["why_not"][0]
     assert "cuBLAS" in v100["products"]
     assert "bfloat16" in rows["8.0"]["dtypes"]
+    gpu((6, 1), "an old one")
+    old = next(row for row in _environment.triton_by_gpu() if row["capability"] == "6.1")
+    assert (old["ops"], old["dtypes"]) == ([], [])
     gpu((12, 1), "a new one")
     assert "a new one (cuda:0)" in [row["name"] for row in _environment.triton_by_gpu()]
 
@@ -153,12 +165,25 @@ def test_info_says_how_settings_are_found(monkeypatch):
     monkeypatch.delenv("INTI_AUTOTUNE", raising=False)
     assert "INTI_AUTOTUNE=1 tunes instead" in triton.tuning()
     monkeypatch.setenv("INTI_AUTOTUNE", "1")
-    assert triton.tuning().startswith("tuned at the first launch of each size, and kept on disk")
+    from inti_kernels.backends.triton import _launch
+
+    for caches, words in ((True, "kept on disk"), (False, "Triton before 3.4 keeps none")):
+        monkeypatch.setattr(_launch, "caches_tuning", lambda caches=caches: caches)
+        assert words in triton.tuning()
     torch.use_deterministic_algorithms(True)
     try:
         assert "PyTorch is told to be deterministic" in triton.tuning()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_check_does_not_fail_for_what_a_v100_has_not(gpu):
+    gpu((7, 0))
+    jobs = list(check._module_jobs("triton", CUDA))
+    autocast = {job.dtype: job for job in jobs if job.case == "autocast"}
+    assert autocast["bfloat16"].run is None
+    assert "bfloat16 needs compute capability 8.0" in autocast["bfloat16"].why_not
+    assert autocast["float16"].run is not None
 
 
 # --- The models -------------------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_many_tiles_blocks_and_runs_of_a_convolution(small_tiles: None, case: dict[str, object]) -> None:
-    """Three tiles of a 3×3 grid, a whole and a ragged block, three runs of which the last is short."""
+    """Two clips, three tiles of a 3×3 grid, a whole and a ragged block, three runs of which the last is short."""
     subject = Subject("depthwise_conv3d", ("x", "weight", "bias", "position"), case)
-    sizes = {"frames": 10, "grid": (3, 3), "dim": 11, "batch": 1}
+    sizes = {"frames": 10, "grid": (3, 3), "dim": 11, "batch": 2}
     op_suite.compare_with_reference(subject, "triton", draws=1, **sizes)
 
 
@@ -88,6 +88,7 @@ def traffic(request: pytest.FixtureRequest) -> list[_traffic.Traffic]:
 
 
 def test_traffic(traffic: list[_traffic.Traffic]) -> None:
+    assert len(traffic) in (2, 9), "forward and backward, or three passes of three convolutions"
     for row in traffic:
         print(row)
         assert row.programs >= 160, row
@@ -150,11 +151,15 @@ def test_tuning_changes_settings_and_no_result(tuner: list[int]) -> None:
     tuned = step()
     timed = len(tuner)
     assert timed > 10
+    settings = _launch.settings("depthwise_conv3d_forward", x)
+    forward = _launch._tuned(depthwise_conv3d._depthwise_conv3d_forward_kernel, settings, False, x.device)
+    assert len({str(config) for config in forward.configs}) > 3
+    assert forward.configs[0].all_kwargs()["maxnreg"] == settings.registers, "the table's settings are a candidate"
     torch.testing.assert_close(step(), tuned, rtol=0, atol=0)
     assert len(tuner) == timed, "the second step takes what the first found"
     torch.use_deterministic_algorithms(True)
     try:
-        assert not _launch.autotunes()
+        assert not _launch.autotunes(x)
         by_table = step()
     finally:
         torch.use_deterministic_algorithms(False)

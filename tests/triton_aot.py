@@ -20,12 +20,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are defined
+os.environ.pop("INTI_AUTOTUNE", None)  # the table's settings are compiled
 
 import torch
 import triton
@@ -77,44 +79,49 @@ class Figures:
 def launches(arch: int) -> list[Launch]:
     """Every kernel that the ops launch at the real sizes, each that compiles differently once."""
     found: dict[tuple[Any, ...], Launch] = {}
-    for dtype_name, dtype in DTYPES.items():
-        for sizes in SIZES:
-            for case, call in _calls(dtype, **sizes):
-                for launch in _intercepted(call, arch, f"{case} {dtype_name}"):
-                    found.setdefault(launch.key, launch)
+    for name, calls in _workloads(arch):
+        for case, call in calls:
+            for launch in _intercepted(call, arch, f"{case} {name}"):
+                found.setdefault(launch.key, launch)
     names = [launch.name for launch in found.values()]
     assert len(set(names)) == len(names), "two kernels of one name"
     return list(found.values())
 
 
-def _calls(dtype: torch.dtype, **sizes: Any) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What a training step calls, with position and a buffer that grad_x is added to, and without."""
-    for full in (True, False):
-        suffix = "" if full else " plain"
-        x, *others = op_cases("pair_interpolate", dtype=dtype, position=full, **sizes, **CLIP).inputs.values()
-        buffer = torch.empty_like(x) if full else None
-        z = x[:, ::2]
-        yield f"pair{suffix}", lambda x=x, others=others: pair_interpolate.pair_interpolate_forward(x, *others)
-        yield (
-            f"pair{suffix}",
-            lambda x=x, others=others, z=z, buffer=buffer: pair_interpolate.pair_interpolate_backward(
-                z, others[0], x, *others, (True, True, others[1] is not None), buffer
-            ),
-        )
-        for kernel, stride in CASES:
-            inputs, kwargs = op_cases(
-                "depthwise_conv3d", dtype=dtype, kernel=kernel, temporal_stride=stride, position=full, **sizes, **CLIP
-            )
-            case = f"{'×'.join(map(str, kernel))}/{stride}{suffix}"
-            args = (*inputs.values(), kwargs["grid"], stride, 1)
-            y, needs = x[:, ::stride], (True, True, True, full)
-            yield case, lambda args=args: depthwise_conv3d.depthwise_conv3d_forward(*args)
-            yield (
-                case,
-                lambda args=args, y=y, needs=needs, buffer=buffer: depthwise_conv3d.depthwise_conv3d_backward(
-                    y, *args, needs, buffer
-                ),
-            )
+def _workloads(arch: int) -> Iterator[tuple[str, Iterator[tuple[str, Callable[[], object]]]]]:
+    """float16 and float32 in full; of what else runs, InTI's own two ops at one size: float16 tokens beside float32
+    parameters and logits, which autocast makes, bfloat16 where there is any, and float64."""
+    for name, dtype in DTYPES.items():
+        for sizes in SIZES:
+            for full in (True, False):
+                yield name, _calls(dtype, dtype, CASES, full, **sizes)
+    yield "float16 beside float32", _calls(torch.float16, torch.float32, CASES[:1], True, **SIZES[0])
+    if arch >= 80:
+        yield "bfloat16", _calls(torch.bfloat16, torch.bfloat16, CASES[:1], True, **SIZES[0])
+    yield "float64", _calls(torch.float64, torch.float64, CASES[:1], True, **SIZES[0])
+
+
+def _calls(
+    dtype: torch.dtype, others_dtype: torch.dtype, cases: Sequence[Any], full: bool, **sizes: Any
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a training step calls; ``full``: with position, and a buffer that grad_x is added to."""
+    suffix = "" if full else " plain"
+    inputs = op_cases("pair_interpolate", dtype=others_dtype, position=full, **sizes, **CLIP).inputs
+    x, logits, position = inputs["x"].to(dtype), inputs["logits"], inputs["position"]
+    buffer = torch.empty_like(x) if full else None
+    arguments, needs = (x, logits, position), (True, True, full)
+    yield f"pair{suffix}", lambda: pair_interpolate.pair_interpolate_forward(*arguments)
+    yield (
+        f"pair{suffix}",
+        lambda: pair_interpolate.pair_interpolate_backward(x[:, ::2], logits, *arguments, needs, buffer),
+    )
+    for kernel, stride in cases:
+        options = {"kernel": kernel, "temporal_stride": stride, "position": full}
+        inputs, kwargs = op_cases("depthwise_conv3d", dtype=others_dtype, **options, **sizes, **CLIP)
+        given = (x, *list(inputs.values())[1:], kwargs["grid"], stride, 1)
+        case, y = f"{'×'.join(map(str, kernel))}/{stride}{suffix}", x[:, ::stride]
+        yield case, partial(depthwise_conv3d.depthwise_conv3d_forward, *given)
+        yield case, partial(depthwise_conv3d.depthwise_conv3d_backward, y, *given, (True,) * 3 + (full,), buffer)
 
 
 def _intercepted(call: Callable[[], object], arch: int, suffix: str) -> list[Launch]:
@@ -250,7 +257,7 @@ def _wrong(row: dict[str, int], launch: Launch) -> list[str]:
         problems.append(f"{row['registers']} registers for {launch.options['num_warps']} warps are more than an SM has")
     # Tiles of tokens: 16 bytes a thread. What is narrower are the logits and weights of single token pairs, and rows of
     # partial sums, of which a thread has one or two numbers.
-    if "conv3d_forward" in launch.name and row["narrow"]:
+    if row["narrow"] and ("conv3d_forward" in launch.name or ("backward_x" in launch.name and "plain" in launch.name)):
         problems.append(f"{row['narrow']} accesses of less than 16 bytes")
     return problems
 

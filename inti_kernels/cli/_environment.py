@@ -158,13 +158,17 @@ def triton_by_gpu() -> list[dict[str, Any]]:
             kinds[major, minor] = f"{device['name']} ({device['device']})"
     rows = []
     for capability, name in sorted(kinds.items()):
-        dtypes = {dtype: triton.why_not_by_capability(capability, dtype) for dtype in triton.DTYPES}
+        dtypes = {
+            str(dtype).removeprefix("torch."): triton.why_not_by_capability(capability, dtype)
+            for dtype in triton.DTYPES
+        }
+        usable = [dtype for dtype, reasons in dtypes.items() if not reasons]
         rows.append(
             {
                 "capability": "{}.{}".format(*capability),
                 "name": name,
-                "ops": [op for op in ops.OPS if "triton" in backends.HAS_KERNEL[op]],
-                "dtypes": [str(dtype).removeprefix("torch.") for dtype, reasons in dtypes.items() if not reasons],
+                "ops": [op for op in ops.OPS if "triton" in backends.HAS_KERNEL[op]] if usable else [],
+                "dtypes": usable,
                 "why_not": sorted({reason for reasons in dtypes.values() for reason in reasons}),
                 "products": triton.products_by_capability(capability),
             }

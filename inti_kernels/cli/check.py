@@ -186,6 +186,9 @@ def _module_jobs(backend: str, device: torch.device) -> Iterator[Job]:
         for dtype in (torch.float64, torch.float32) if not ablation else (torch.float32,):
             yield Job("FusedInTI", case, _name(dtype), _Module(ablation, backend, device, dtype, None))
     for dtype in AUTOCASTS:
+        if reasons := backends.why_not(backend, device=device, dtype=dtype):
+            yield Job("FusedInTI", "autocast", _name(dtype), None, " ".join(reasons))
+            continue
         yield Job("FusedInTI", "autocast", _name(dtype), _Module({}, backend, device, torch.float32, dtype))
 
 

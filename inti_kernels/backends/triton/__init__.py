@@ -14,7 +14,7 @@ import torch
 OLDEST = (3, 3)  # what torch 2.7, the oldest that this package takes, brings
 DTYPES = (torch.float16, torch.float32, torch.bfloat16, torch.float64)
 # Below 8.0 Triton has no tensor-core products, and some of its versions crash on tl.dot.
-LEAST_CAPABILITY, LEAST_FOR_BFLOAT16 = (7, 0), (8, 0)
+LEAST_CAPABILITY, LEAST_FOR_BFLOAT16, LEAST_FOR_DOT = (7, 0), (8, 0), (8, 0)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -42,14 +42,14 @@ def why_not_by_capability(capability: tuple[int, int], dtype: torch.dtype) -> li
 def products_by_capability(capability: tuple[int, int]) -> str:
     """What computes the matrix products of the module on such a GPU, and why."""
     why = "no kernel of this package has products yet"
-    if capability < LEAST_FOR_BFLOAT16:
+    if capability < LEAST_FOR_DOT:
         why += ", and Triton has no tensor-core products below compute capability 8.0"
-    return f"cuBLAS, through PyTorch: {why}"
+    return f"cuBLAS, through PyTorch, for the Linears of the token level, the frame level and the head: {why}"
 
 
 def interprets() -> bool:
     """Whether Triton is told to run kernels in its interpreter (TRITON_INTERPRET=1 when Python started)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def tuning() -> str:
@@ -77,6 +77,8 @@ def _why_not_on(device: torch.device) -> list[str]:
             ]
     elif device.type != "cuda":
         return [f"the triton backend takes tensors on CUDA devices, and these are on {device}."]
+    elif interprets():
+        return ["TRITON_INTERPRET is set: the kernels would run in Triton's interpreter, on the CPU; unset it."]
     elif torch.version.hip:
         return ["this PyTorch is built for ROCm, where these kernels were never tried."]
     return _why_not_installed()

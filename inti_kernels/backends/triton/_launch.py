@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._arguments import wide_dtype
+from .._memory import empty
 
 VECTOR_BYTES = 16  # the widest access that a thread makes
 LEAST_PROGRAMS = 160  # two for each of V100's 80 SMs
@@ -125,17 +127,20 @@ def launch(kernel: Any, programs: Callable[[Settings], int], at: Settings, **arg
     """
     if not programs(at):
         return
-    options: dict[str, Any] = {"TOKENS": at.tokens}
-    if autotunes():
-        kernel = _tuned(kernel, at, bool(arguments.get("ACCUMULATE")))
-    else:
-        options |= {"CHANNELS": at.channels, "num_warps": at.warps, "maxnreg": at.registers}
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (programs(replace(at, channels=meta["CHANNELS"])),)
 
-    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
-        run(kernel, grid, arguments | options)
+    with torch.cuda.device_of(first):
+        if autotunes(first):
+            # One at a time: the tuner keeps what it restores on itself, and two GPUs' backward passes are two threads.
+            with _tuning:
+                tuned = _tuned(kernel, at, bool(arguments.get("ACCUMULATE")), first.device)
+                run(tuned, grid, arguments | {"TOKENS": at.tokens})
+        else:
+            options = {"TOKENS": at.tokens, "CHANNELS": at.channels, "num_warps": at.warps, "maxnreg": at.registers}
+            run(kernel, grid, arguments | options)
 
 
 def run(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int]], arguments: dict[str, Any]) -> None:
@@ -146,17 +151,27 @@ def run(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int]], arguments: di
 # --- Tuning -----------------------------------------------------------------------------------------------------------
 
 
-def autotunes() -> bool:
-    """Whether launches are tuned: INTI_AUTOTUNE=1, unless PyTorch is told to be deterministic (other settings sum in
-    another order, and which of two are faster is not the same every day)."""
-    return os.environ.get("INTI_AUTOTUNE") == "1" and not torch.are_deterministic_algorithms_enabled()
+_tuning = threading.Lock()
+
+
+def autotunes(x: Tensor) -> bool:
+    """Whether a launch is tuned: INTI_AUTOTUNE=1, unless PyTorch is told to be deterministic (other settings sum in
+    another order, and which of two are faster is not the same every day) or a CUDA graph is being captured."""
+    if os.environ.get("INTI_AUTOTUNE") != "1" or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @cache
-def _tuned(kernel: Any, at: Settings, accumulates: bool) -> Any:
-    """The kernel behind triton.autotune. TOKENS stays the table's: the number of partial sums hangs on it."""
-    channels = [width for width in (at.channels // 2, at.channels, 2 * at.channels, 4 * at.channels) if width >= 8]
-    configs = [triton.Config({"CHANNELS": c}, num_warps=w) for c in channels for w in (2, 4, 8)]
+def _tuned(kernel: Any, at: Settings, accumulates: bool, device: torch.device) -> Any:
+    """The kernel behind triton.autotune, for one device. The table's settings are the first candidate, and TOKENS stays
+    theirs: the number of partial sums hangs on it."""
+    configs = [triton.Config({"CHANNELS": at.channels}, num_warps=at.warps, maxnreg=at.registers)]
+    for channels in (at.channels // 2, at.channels, 2 * at.channels):
+        for warps in (at.warps // 2, at.warps, 2 * at.warps):
+            # 4 to 16 elements a thread and sum: more don't fit the registers, fewer leave accesses narrow.
+            if warps and channels >= 8 and 4 <= at.tokens * channels // (32 * warps) <= 16:
+                configs.append(triton.Config({"CHANNELS": channels}, num_warps=warps))
     sizes = ("frames", "pairs", "tokens", "height", "width", "dim", "TOKENS", "STRIDE", "SPACE", "VECTOR")
     key = [name for name in sizes if name in kernel.arg_names]
     # A buffer that is added to would take the gradient once for every run of the tuner.
@@ -185,7 +200,7 @@ def store_rounded(to, value, mask):
 
 def small(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     """A parameter or position as kernels take it: contiguous, in x's dtype or the wide one. Another dtype would compile
-    anew, and bfloat16 beside float16 tokens not at all on V100."""
+    anew, and bfloat16 beside other tokens not at all on V100."""
     if tensor is None:
         return None
     return (tensor if tensor.dtype in (x.dtype, wide_dtype(x)) else tensor.to(wide_dtype(x))).contiguous()
@@ -232,6 +247,11 @@ def sum_partials(partials: Tensor, out: Tensor, steps: Sequence[int]) -> None:
         out: written, of any dtype.
         steps: how far apart out's rows and columns lie.
     """
+    if out.dtype == torch.bfloat16 and capability(out) < 80:
+        rounded, out = out, empty(out.shape, out, torch.float32)
+        sum_partials(partials, out, steps)
+        rounded.copy_(out)  # GPUs without bfloat16 arithmetic have PyTorch round
+        return
     count, rows, columns = partials.shape
     unit = VECTOR_BYTES // partials.element_size()
     while columns % unit or partials.stride(0) % unit:

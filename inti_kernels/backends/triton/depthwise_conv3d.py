@@ -524,7 +524,7 @@ def depthwise_conv3d_backward(
             **strides(grad_y, unit),
             **tiling,
             rows=weight.shape[-1],
-            ACCUMULATE=grad_x_accumulate is not None,
+            ACCUMULATE=grad_x is not None and grad_x_accumulate is not None,
             VECTOR=unit,
             **shape,
         )

@@ -16,6 +16,7 @@ from .._memory import empty
 from ._launch import (
     LEAST_PROGRAMS,
     Settings,
+    capability,
     launch,
     settings,
     small,
@@ -186,6 +187,9 @@ def _pair_interpolate_backward_kernel(
 def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, frames, tokens, dim = x.shape
     expect(x, (logits, (batch, frames // 2, tokens, 2)), (position, (frames, dim)))
+    if _rounds_elsewhere(logits):
+        z, weights = pair_interpolate_forward(x, logits.float(), position)
+        return z, weights.to(logits.dtype)
     x, logits = channels_contiguous(x, "pair_interpolate"), logits.contiguous()
     z = empty((batch, frames // 2, tokens, dim), x)
     weights = empty(logits.shape, logits)
@@ -224,6 +228,10 @@ def pair_interpolate_backward(
     batch, frames, tokens, dim = x.shape
     pairs = (batch, frames // 2, tokens)
     expect(x, (logits, (*pairs, 2)), (grad_weights, (*pairs, 2)), (grad_z, (*pairs, dim)), (position, (frames, dim)))
+    if _rounds_elsewhere(logits):
+        wide_logits = (grad_weights.float(), x, logits.float())
+        grads = pair_interpolate_backward(grad_z, *wide_logits, position, needs, grad_x_accumulate)
+        return grads[0], None if grads[1] is None else grads[1].to(logits.dtype), grads[2]
     x, grad_z = channels_contiguous(x, "pair_interpolate"), channels_contiguous(grad_z)
     logits, grad_weights = logits.contiguous(), grad_weights.contiguous()
     at, unit = settings("pair_interpolate_backward", x), min(vector(x), vector(grad_z))
@@ -250,7 +258,7 @@ def pair_interpolate_backward(
         **strides(x, unit),
         **{f"grad_{name}": stride for name, stride in strides(grad_z, unit).items()},
         **tiling,
-        ACCUMULATE=grad_x_accumulate is not None,
+        ACCUMULATE=grad_x is not None and grad_x_accumulate is not None,
         VECTOR=unit,
         WIDE=wide(x),
         SOFTMAX=_softmax_dtype(x, logits),
@@ -268,6 +276,11 @@ def _tiling(at: Settings, x: Tensor) -> dict[str, int]:
     tiles = max(triton.cdiv(tokens, at.tokens), min(enough, triton.cdiv(tokens, at.tokens // 2)))
     tile_tokens = triton.cdiv(tokens, tiles)
     return {"tile_tokens": tile_tokens, "tiles": triton.cdiv(tokens, tile_tokens)}
+
+
+def _rounds_elsewhere(logits: Tensor) -> bool:
+    """Whether logits are bfloat16 where a GPU can't round to it: float32 holds them, and PyTorch rounds what comes."""
+    return logits.dtype == torch.bfloat16 and capability(logits) < 80
 
 
 def _softmax_dtype(x: Tensor, logits: Tensor) -> tl.dtype:
