@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,15 @@ def _workloads(arch: int) -> Iterator[tuple[str, Iterator[tuple[str, Callable[[]
     yield "float64", _calls(torch.float64, torch.float64, CASES[:1], True, **SIZES[0])
 
 
+_case = cache(op_cases)  # the same tensors for every architecture
+
+
 def _calls(
     dtype: torch.dtype, others_dtype: torch.dtype, cases: Sequence[Any], full: bool, **sizes: Any
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """What a training step calls; ``full``: with position, and a buffer that grad_x is added to."""
     suffix = "" if full else " plain"
-    inputs = op_cases("pair_interpolate", dtype=others_dtype, position=full, **sizes, **CLIP).inputs
+    inputs = _case("pair_interpolate", dtype=others_dtype, position=full, **sizes, **CLIP).inputs
     x, logits, position = inputs["x"].to(dtype), inputs["logits"], inputs["position"]
     buffer = torch.empty_like(x) if full else None
     arguments, needs = (x, logits, position), (True, True, full)
@@ -117,7 +120,7 @@ def _calls(
     )
     for kernel, stride in cases:
         options = {"kernel": kernel, "temporal_stride": stride, "position": full}
-        inputs, kwargs = op_cases("depthwise_conv3d", dtype=others_dtype, **options, **sizes, **CLIP)
+        inputs, kwargs = _case("depthwise_conv3d", dtype=others_dtype, **options, **sizes, **CLIP)
         given = (x, *list(inputs.values())[1:], kwargs["grid"], stride, 1)
         case, y = f"{'×'.join(map(str, kernel))}/{stride}{suffix}", x[:, ::stride]
         yield case, partial(depthwise_conv3d.depthwise_conv3d_forward, *given)

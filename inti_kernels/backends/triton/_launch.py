@@ -66,7 +66,7 @@ _PASS = (
 )
 _TABLE: dict[str, tuple[tuple[int, int, Settings], ...]] = {
     "pair_interpolate_forward": _PASS,
-    "pair_interpolate_backward": _PASS,
+    "pair_interpolate_backward": tuple((c, d, replace(at, registers=168)) for c, d, at in _PASS),
     "depthwise_conv3d_forward": _WALK,
     "depthwise_conv3d_backward_x": _WALK,
     "depthwise_conv3d_backward_weight": tuple((c, d, replace(at, registers=255)) for c, d, at in _WALK),
@@ -89,7 +89,7 @@ def settings(kernel: str, x: Tensor) -> Settings:
     if x.element_size() > 2 and (found.registers or 0) <= SM_REGISTERS // (2 * 32 * found.warps):
         found = replace(found, warps=2 * found.warps)
     if x.element_size() == 8:
-        found = replace(found, channels=found.channels // 2)
+        found = replace(found, channels=found.channels // 2, registers=found.registers or 128)
     return found
 
 
