@@ -41,7 +41,10 @@ def _program(tokens, tile_tokens, tiles, TOKENS: tl.constexpr):
 
 @triton.jit
 def _softmax_of_two(logits, pair, live, SOFTMAX: tl.constexpr):
-    """The weights of a tile's pairs, each [TOKENS]. Both by their own quotient: 1 - α would lose a small β's digits."""
+    """The weights of a tile's pairs, each [TOKENS]. Both by their own quotient: 1 - α would lose a small β's digits.
+
+    A GPU's float32 exponential is accurate to about 1e-7 of the largest weight, not of a tiny one's own size.
+    """
     first = tl.load(logits + 2 * pair, mask=live, other=0).to(SOFTMAX)
     second = tl.load(logits + 2 * pair + 1, mask=live, other=0).to(SOFTMAX)
     largest = tl.maximum(first, second)
