@@ -1,7 +1,13 @@
 // What every entry point speaks: plain numbers and pointers, nothing of PyTorch or Python.
 #pragma once
 
+#ifdef __CUDACC_RTC__  // NVRTC has no standard headers
+namespace inti {
+using int64_t = long long;
+}
+#else
 #include <cstdint>
+#endif
 
 namespace inti {
 

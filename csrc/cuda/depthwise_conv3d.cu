@@ -1,0 +1,693 @@
+// depthwise_conv3d: depthwise 3-D convolution over the patch tokens where they lie, forward and backward. See
+// depthwise_conv3d_tile.h for how the work is cut. Sums are rolled along the frames: a frame's tile is read once and
+// feeds every output that it touches.
+#include "inti/cuda/depthwise_conv3d.h"
+
+#include "depthwise_conv3d_tile.h"
+#include "partial_sums.h"
+
+namespace inti::cuda {
+
+// Sums of a thread: [patches][channels], wide.
+template <class T, int P>
+struct Sums {
+  static constexpr int C = kChannelsPerThread<T>;
+  Wide<T> at[P][C];
+  __device__ void set(const Wide<T> (&value)[C]) {
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) at[p][c] = value[c];
+    }
+  }
+};
+
+// Adds a frame's tile, by the taps of one time step each, to N outputs.
+// tile: at the strip's first patch and channel; taps: [3·SPACE·SPACE, kSlab] at the thread's first channel; times: the
+// time taps; turned: the taps are read from the last to the first, as the gradient of x wants them.
+template <int P, int SPACE, bool TURNED, int N, class T>
+__device__ __forceinline__ void feed(Shared<T> tile, int pitch, Shared<Wide<T>> taps, const int (&times)[N],
+                                     Sums<T, P>* const (&sums)[N]) {
+  constexpr int C = kChannelsPerThread<T>;
+#pragma unroll
+  for (int h = 0; h < SPACE; ++h) {
+    const Row<T, P, SPACE> row(tile + h * pitch * kSlab<T>);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int w = 0; w < SPACE; ++w) {
+        const int tap = (times[n] * SPACE + h) * SPACE + w;
+        const auto weight = load<C>(taps + (TURNED ? 3 * SPACE * SPACE - 1 - tap : tap) * kSlab<T>);
+#pragma unroll
+        for (int p = 0; p < P; ++p) {
+#pragma unroll
+          for (int c = 0; c < C; ++c) sums[n]->at[p][c] += weight[c] * row.at[p + w][c];
+        }
+      }
+    }
+  }
+}
+
+// The block's taps, and behind them the bias: [3·SPACE·SPACE + 1, kSlab], wide, zero where a channel doesn't exist.
+template <int TAPS, class T>
+__device__ void stage_taps(Shared<Wide<T>> to, const void* weight, const void* bias, DType dtype, int channel,
+                           int64_t dim) {
+  for (int i = threadIdx.x; i < (TAPS + 1) * kSlab<T>; i += blockDim.x) {
+    const int tap = i / kSlab<T>;
+    const int64_t c = channel + i % kSlab<T>;
+    Wide<T> value = 0;
+    if (c < dim && tap < TAPS) value = read<Wide<T>>(weight, dtype, c * TAPS + tap);
+    if (c < dim && tap == TAPS && bias) value = read<Wide<T>>(bias, dtype, c);
+    store(to + i, value);
+  }
+}
+
+// Where finished tiles go: y, or the gradient of x.
+template <class T>
+struct Output {
+  T* first;       // frame 0's first patch in this clip
+  int64_t frame;  // from frame to frame
+  int64_t dim;
+  bool accumulate;
+};
+
+// From strip to strip of a warp's finished patches in shared memory, in elements: an odd number of 32-byte rows, so
+// that the four strips lie in different banks.
+template <class T, int P>
+constexpr int kStripPitch = (P | 1) * kSlab<T>;
+
+// Writes strips of finished sums: by way of shared memory, of which every warp has its own part, so that a thread
+// writes 16 bytes; where rows aren't aligned, as they are.
+template <class T, int V, int P>
+struct Writer {
+  static constexpr int C = kChannelsPerThread<T>, kVectors = kSlab<T> / V, kStrips = 32 / kLanes;
+  static constexpr int kVectorsOfWarp = kStrips * P * kVectors, kSteps = V == 1 ? 1 : (kVectorsOfWarp + 31) / 32;
+  Output<T> out;
+  Shared<T> exchange;  // [strips of the block, kStripPitch]
+  int patch[kSteps];   // of the grid, that the thread writes in each step, or -1
+
+  __device__ Writer(const Place<T, P>& place, const Tiling& tiling, const Output<T>& out, Shared<T> exchange)
+      : out(out), exchange(exchange + threadIdx.x / 32 * kStrips * kStripPitch<T, P>) {
+    if (out.first) this->out.first += place.channel;
+    if constexpr (V > 1) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const int number = threadIdx.x % 32 + 32 * i;
+        const int strip = threadIdx.x / 32 * kStrips + number / (P * kVectors);
+        const int row = place.top + strip % tiling.rows;
+        const int column = place.left + strip / tiling.rows * P + number / kVectors % P;
+        const bool there = number < kVectorsOfWarp && strip < tiling.rows * tiling.strips && row < place.height &&
+                           column < place.width && place.channel + number % kVectors * V < out.dim;
+        patch[i] = there ? row * place.width + column : -1;
+      }
+    }
+  }
+
+  __device__ void write(const Sums<T, P>& sums, const Place<T, P>& place, int frame) const {
+    T* to = out.first + frame * out.frame;
+    if constexpr (V == 1) {
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+        if (!place.inside(p)) continue;
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          if (place.channel + place.lane * C + c >= out.dim) continue;
+          T* at = to + place.patch(p) * out.dim + place.lane * C + c;
+          store(at, narrow<T>(out.accumulate ? sums.at[p][c] + widen(load(at)) : sums.at[p][c]));
+        }
+      }
+    } else {
+      const int lane = threadIdx.x % 32;
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+        Vec<Wide<T>, C> value;
+#pragma unroll
+        for (int c = 0; c < C; ++c) value[c] = sums.at[p][c];
+        store(exchange + (place.strip % kStrips * kStripPitch<T, P> + p * kSlab<T> + place.lane * C), narrow<T>(value));
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (patch[i] < 0) continue;
+        const int number = lane + 32 * i, vector = number % (P * kVectors);
+        auto value = load<V>(exchange + (number / (P * kVectors) * kStripPitch<T, P> + vector * V));
+        T* at = to + patch[i] * out.dim + vector % kVectors * V;
+        if (out.accumulate) {
+          auto sum = widen(value);
+          const auto old = widen(load<V>(at));
+#pragma unroll
+          for (int k = 0; k < V; ++k) sum[k] += old[k];
+          value = narrow<T>(sum);
+        }
+        store(at, value);
+      }
+      __syncwarp();
+    }
+  }
+};
+
+// The prefix tokens have no place on the grid: zero.
+template <int V, int P, class T>
+__device__ void clear_prefix(const Place<T, P>& place, const Output<T>& out, int prefix, int begin, int end) {
+  constexpr int kVectors = kSlab<T> / V;
+  const int per_frame = prefix * kVectors;
+  for (int i = threadIdx.x; i < (end - begin) * per_frame; i += blockDim.x) {
+    const int64_t frame = begin + i / per_frame;
+    const int token = i % per_frame / kVectors, channel = place.channel + i % kVectors * V;
+    if (channel < out.dim) store(out.first + frame * out.frame + (token - prefix) * out.dim + channel, Vec<T, V>{});
+  }
+}
+
+// --- Forward ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ConvolutionForward {
+  int frames, height, width, prefix;
+  int64_t dim;
+  const T* x;
+  Strides x_strides;
+  const void* weight;
+  const void* bias;
+  DType parameter_dtype;
+  const Wide<T>* position;
+  T* y;
+  Tiling tiling;
+};
+
+// 256 threads, 2 blocks an SM (128 registers; float64, for gradient checks, takes what it needs): 16 warps, whose next
+// frame's 16-byte loads, two or three a thread, are under way while they compute: 16 KiB and more.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
+
+template <class T, int V, int P, int SPACE, int STRIDE>
+__global__ void __launch_bounds__(kLanes* kMostStrips, kBlocks<T>)
+    depthwise_conv3d_forward_kernel(const ConvolutionForward<T> p) {
+  constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
+  const int out_frames = p.frames / STRIDE, patches = p.height * p.width;
+  const Place<T, P> place(p.tiling, p.height, p.width, out_frames);
+  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips), size = (p.tiling.rows + SPACE - 1) * pitch * kSlab<T>;
+  const Shared<Wide<T>> taps = dynamic_shared<Wide<T>>(0);
+  constexpr int kTapBytes = (TAPS + 1) * kSlab<T> * sizeof(Wide<T>);
+  const Shared<T> buffers = dynamic_shared<T>(kTapBytes), exchange = buffers + 2 * size;
+  stage_taps<TAPS, T>(taps, p.weight, p.bias, p.parameter_dtype, place.channel, p.dim);
+  const Output<T> out{p.y + (place.clip * out_frames * (p.prefix + patches) + p.prefix) * p.dim,
+                      (p.prefix + patches) * p.dim, p.dim, false};
+  if (place.tile == 0) clear_prefix<V>(place, out, p.prefix, place.first, place.last);
+
+  const Writer<T, V, P> writer(place, p.tiling, out, exchange);
+
+  const T* x = p.x + place.clip * p.x_strides.batch + p.prefix * p.x_strides.token;
+  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{x, p.x_strides.frame, p.x_strides.token}, p.position, p.dim);
+  const Shared<Wide<T>> own_taps = taps + place.lane * C;
+  const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
+  Sums<T, P> before, at, behind;  // the outputs that a frame feeds, by its time taps 2, 1 and 0
+  Wide<T> start[C] = {};
+
+  // The first frame feeds the first output by its time tap 0, or does not exist.
+  int begin = STRIDE * place.first - 1, end = STRIDE == 1 ? place.last + 1 : STRIDE * place.last;
+  const bool opens = begin >= 0;
+  if (!opens) begin = 0;
+  if (end > p.frames) end = p.frames;
+  at.set(start);
+  behind.set(start);
+  walk(stager, buffers, size, begin, end, [&](int frame, Shared<T> tile) {
+    if (frame == begin) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) start[c] = load(own_taps + TAPS * kSlab<T> + c);  // the bias
+      at.set(start);
+      behind.set(start);
+    }
+    tile = tile + own;
+    if (STRIDE == 2) {
+      if (frame % 2 == 0) {
+        if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {1}, {&at});
+        return;
+      }
+      if (frame == begin && opens) {
+        if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {0}, {&at});
+        return;
+      }
+      if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {2, 0}, {&at, &behind});
+      writer.write(at, place, frame / 2);
+      at = behind;
+      behind.set(start);
+    } else {
+      if (frame == begin && opens) {
+        if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {0}, {&at});
+        return;
+      }
+      if (frame == place.first) {  // at: this frame's output; behind: the next one's
+        if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {1, 0}, {&at, &behind});
+        return;
+      }
+      before = at;
+      at = behind;
+      behind.set(start);
+      if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
+      writer.write(before, place, frame - 1);
+    }
+  });
+  // Without a frame behind it the last output has all it gets.
+  if (STRIDE == 1 && place.last == p.frames) writer.write(at, place, place.last - 1);
+}
+
+// --- Backward to x and position --------------------------------------------------------------------------------------
+
+template <class T>
+struct ConvolutionBackwardX {
+  int frames, height, width, prefix;
+  int64_t dim;
+  const T* grad_y;
+  Strides grad_strides;
+  const void* weight;
+  DType parameter_dtype;
+  T* grad_x;  // or null
+  bool accumulate;
+  Wide<T>* partials;  // [batch · tiles, frames, dim], or null: the position's
+  Tiling tiling;      // of grad_y's frames
+};
+
+// The sum of a finished tile over its patches, which is the position's gradient: over the strip in registers, over the
+// warp's strips by shuffles, over the warps in shared memory, [warps, kSlab]. Two barriers.
+template <int P, class T>
+__device__ void sum_tile(const Sums<T, P>& sums, const Place<T, P>& place, Shared<Wide<T>> shared, Wide<T>* to,
+                         int64_t dim) {
+  constexpr int C = kChannelsPerThread<T>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    Wide<T> sum = 0;
+#pragma unroll
+    for (int p = 0; p < P; ++p) sum += place.inside(p) ? sums.at[p][c] : 0;
+    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    if (lane < kLanes) store(shared + warp * kSlab<T> + lane * C + c, sum);
+  }
+  __syncthreads();
+  const int channel = threadIdx.x;
+  if (channel < kSlab<T> && place.channel + channel < dim) {
+    Wide<T> sum = 0;
+    for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += load(shared + w * kSlab<T> + channel);
+    store(to + place.channel + channel, sum);
+  }
+  __syncthreads();
+}
+
+// The gather form: every element of grad_x is written by one block, once. grad_y's frames are what is walked along, and
+// an open frame of grad_x takes the taps turned round. Occupancy as the forward's.
+template <class T, int V, int P, int SPACE, int STRIDE>
+__global__ void __launch_bounds__(kLanes* kMostStrips, kBlocks<T>)
+    depthwise_conv3d_backward_x_kernel(const ConvolutionBackwardX<T> p) {
+  constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
+  const int out_frames = p.frames / STRIDE, patches = p.height * p.width;
+  const Place<T, P> place(p.tiling, p.height, p.width, out_frames);
+  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips), size = (p.tiling.rows + SPACE - 1) * pitch * kSlab<T>;
+  const Shared<Wide<T>> taps = dynamic_shared<Wide<T>>(0);
+  constexpr int kTapBytes = (TAPS + 1) * kSlab<T> * sizeof(Wide<T>);
+  const Shared<Wide<T>> warp_sums = dynamic_shared<Wide<T>>(kTapBytes);  // [8, kSlab]
+  constexpr int kSumBytes = kMostStrips * kLanes / 32 * kSlab<T> * sizeof(Wide<T>);
+  const Shared<T> buffers = dynamic_shared<T>(kTapBytes + kSumBytes), exchange = buffers + 2 * size;
+  stage_taps<TAPS, T>(taps, p.weight, nullptr, p.parameter_dtype, place.channel, p.dim);
+  const int64_t frame_size = (p.prefix + patches) * p.dim;
+  T* grad_x = p.grad_x ? p.grad_x + place.clip * p.frames * frame_size + p.prefix * p.dim : nullptr;
+  const Output<T> out{grad_x, frame_size, p.dim, p.accumulate};
+  const Writer<T, V, P> writer(place, p.tiling, out, exchange);
+  if (place.tile == 0 && grad_x && !p.accumulate)
+    clear_prefix<V>(place, out, p.prefix, STRIDE * place.first, STRIDE * place.last);
+  Wide<T>* partials = p.partials;
+  if (partials) partials += (place.clip * p.tiling.tiles + place.tile) * p.frames * p.dim;
+
+  const T* grad_y = p.grad_y + place.clip * p.grad_strides.batch + p.prefix * p.grad_strides.token;
+  const Frames<T> frames{grad_y, p.grad_strides.frame, p.grad_strides.token};
+  Stager<T, V, P, SPACE> stager(place, p.tiling, frames, nullptr, p.dim);
+  const Shared<Wide<T>> own_taps = taps + place.lane * C;
+  const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
+  const auto finish_frame = [&](const Sums<T, P>& sums, int frame) {
+    if (grad_x) writer.write(sums, place, frame);
+    if (partials) sum_tile(sums, place, warp_sums, partials + frame * p.dim, p.dim);
+  };
+  Sums<T, P> before, at, behind;
+  const Wide<T> zero[C] = {};
+  before.set(zero);
+  at.set(zero);
+  behind.set(zero);
+
+  // Time taps are turned with the others: TURNED reads tap 2 - time.
+  int begin = place.first, end = place.last + 1;
+  if (STRIDE == 1 && begin > 0) --begin;
+  if (end > out_frames) end = out_frames;
+  walk(stager, buffers, size, begin, end, [&](int frame, Shared<T> tile) {
+    tile = tile + own;
+    if (STRIDE == 2) {
+      // Frame j of grad_y feeds frames 2j - 1, 2j and 2j + 1 of grad_x by the taps 0, 1 and 2.
+      before = behind;
+      if (frame == place.last) {
+        if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {2}, {&before});
+        return;
+      }
+      at.set(zero);
+      behind.set(zero);
+      if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
+      if (frame > place.first) finish_frame(before, 2 * frame - 1);
+      finish_frame(at, 2 * frame);
+      before = behind;
+    } else {
+      // Frame j feeds frames j - 1, j and j + 1 by the taps 0, 1 and 2.
+      if (frame < place.first) {
+        if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {0}, {&at});
+        return;
+      }
+      if (frame == place.first) {
+        if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {1, 0}, {&at, &behind});
+        return;
+      }
+      before = at;
+      at = behind;
+      behind.set(zero);
+      if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
+      finish_frame(before, frame - 1);
+    }
+  });
+  if (STRIDE == 2) finish_frame(before, 2 * place.last - 1);
+  if (STRIDE == 1 && place.last == p.frames) finish_frame(at, place.last - 1);
+}
+
+// --- Backward to weight and bias -------------------------------------------------------------------------------------
+
+template <class T>
+struct ConvolutionBackwardWeight {
+  int frames, height, width, prefix;
+  int64_t dim;
+  const T* x;
+  Strides x_strides;
+  const T* grad_y;
+  Strides grad_strides;
+  const Wide<T>* position;
+  Wide<T>* partials;  // [batch · runs · tiles, dim, 3·SPACE·SPACE + 1]
+  Tiling tiling;
+};
+
+// A thread keeps the sums of all taps of its channels over its strip, and meets x's frames one after the other, each
+// with the gradients of the outputs that it feeds: a strip's gradients are loaded once, straight into registers (the
+// eight threads of a slab read whole sectors). 256 threads, 1 block an SM (255 registers): 27 sums a channel.
+template <class T, int V, int P, int SPACE, int STRIDE>
+__global__ void __launch_bounds__(kLanes* kMostStrips, 1)
+    depthwise_conv3d_backward_weight_kernel(const ConvolutionBackwardWeight<T> p) {
+  using W = Wide<T>;
+  constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
+  const int out_frames = p.frames / STRIDE;
+  const Place<T, P> place(p.tiling, p.height, p.width, out_frames);
+  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips), size = (p.tiling.rows + SPACE - 1) * pitch * kSlab<T>;
+  const Shared<W> shared = dynamic_shared<W>(0);   // [warps, kSlab, TAPS + 1]
+  const Shared<T> buffers = dynamic_shared<T>(0);  // before the sums need it
+  const T* x = p.x + place.clip * p.x_strides.batch + p.prefix * p.x_strides.token;
+  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{x, p.x_strides.frame, p.x_strides.token}, p.position, p.dim);
+  const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
+  const int64_t channel = place.channel + place.lane * C;
+  const T* grad_y = p.grad_y + place.clip * p.grad_strides.batch + p.prefix * p.grad_strides.token + channel;
+
+  W sums[TAPS + 1][C] = {};
+  Vec<T, C> grads[3][P] = {};  // of the outputs that a frame feeds by its time taps 0, 1 and 2
+  Vec<T, C> incoming[P];       // of the next output, under way
+  const auto fetch = [&](int out) {
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      incoming[i] = Vec<T, C>{};
+      if (out >= place.last || !place.inside(i)) continue;
+      const T* at = grad_y + out * p.grad_strides.frame + place.patch(i) * p.grad_strides.token;
+      if constexpr (V >= C) {
+        if (channel < p.dim) incoming[i] = load<C>(at);
+      } else {
+#pragma unroll
+        for (int c = 0; c < C; ++c)
+          if (channel + c < p.dim) incoming[i][c] = load(at + c);
+      }
+    }
+  };
+  const auto arrive = [&] {
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      grads[0][i] = incoming[i];
+#pragma unroll
+      for (int c = 0; c < C; ++c) sums[TAPS][c] += widen(incoming[i][c]);
+    }
+  };
+  const auto shift = [&](int from, int to) {
+#pragma unroll
+    for (int i = 0; i < P; ++i) grads[to][i] = grads[from][i];
+  };
+  const auto add = [&](Shared<T> tile, bool at_zero, bool at_one, bool at_two) {
+#pragma unroll
+    for (int h = 0; h < SPACE; ++h) {
+      const Row<T, P, SPACE> row(tile + h * pitch * kSlab<T>);
+#pragma unroll
+      for (int time = 0; time < 3; ++time) {
+        if (!(time == 0 ? at_zero : time == 1 ? at_one : at_two)) continue;
+#pragma unroll
+        for (int i = 0; i < P; ++i) {
+          const auto grad = widen(grads[time][i]);
+#pragma unroll
+          for (int w = 0; w < SPACE; ++w) {
+#pragma unroll
+            for (int c = 0; c < C; ++c) sums[(time * SPACE + h) * SPACE + w][c] += grad[c] * row.at[i + w][c];
+          }
+        }
+      }
+    }
+  };
+
+  int begin = STRIDE * place.first - 1, end = STRIDE == 1 ? place.last + 1 : STRIDE * place.last;
+  fetch(place.first);
+  if (begin < 0) {
+    begin = 0;  // the frame before, which does not exist, would have brought the first output's
+    arrive();
+    shift(0, 1);
+    fetch(1);
+  }
+  if (end > p.frames) end = p.frames;
+  walk(stager, buffers, size, begin, end, [&](int frame, Shared<T> tile) {
+    tile = tile + own;
+    if (STRIDE == 2) {
+      if (frame % 2 == 0) {
+        if (place.live) add(tile, false, true, false);
+        shift(1, 2);
+      } else {
+        arrive();
+        fetch((frame + 1) / 2 + 1);
+        if (place.live) add(tile, true, false, true);  // nothing is at 2 in the first frame: zeros
+        shift(0, 1);
+      }
+    } else {
+      arrive();
+      fetch(frame + 2);
+      if (place.live) add(tile, true, true, true);
+      shift(1, 2);
+      shift(0, 1);
+    }
+  });
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k <= TAPS; ++k) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      W sum = sums[k][c];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+      if (lane < kLanes) store(shared + (warp * kSlab<T> + lane * C + c) * (TAPS + 1) + k, sum);
+    }
+  }
+  __syncthreads();
+  W* partials = p.partials + (place.part * p.dim + place.channel) * (TAPS + 1);
+  for (int i = threadIdx.x; i < kSlab<T> * (TAPS + 1); i += blockDim.x) {
+    if (place.channel + i / (TAPS + 1) >= p.dim) break;
+    W sum = 0;
+    for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += load(shared + w * kSlab<T> * (TAPS + 1) + i);
+    store(partials + i, sum);
+  }
+}
+
+// Where the sums go: the last of each channel is the bias's.
+struct StoreTaps {
+  void* weight;  // or null
+  void* bias;    // or null
+  DType dtype;
+  int taps;
+  template <class W>
+  __device__ void operator()(int64_t i, W sum) const {
+    const int64_t channel = i / (taps + 1);
+    const int tap = static_cast<int>(i - channel * (taps + 1));
+    if (tap == taps) {
+      if (bias) write(bias, dtype, channel, sum);
+    } else if (weight) {
+      write(weight, dtype, channel * taps + tap, sum);
+    }
+  }
+};
+
+// --- Host ------------------------------------------------------------------------------------------------------------
+#ifndef __CUDACC_RTC__
+
+template <class T>
+Tiling tiling_of(const DepthwiseConv3dShape& s, int patches) {
+  return tile_frames(s.batch, s.height, s.width, s.dim, s.frames / s.temporal_stride, kSlab<T>, patches);
+}
+
+// Patches of a strip; a number of 16-bit 3×3×3 only is worth a second set of kernels.
+int patches_of(const DepthwiseConv3dShape& s) {
+  const bool narrow = s.dtype == DType::float16 || s.dtype == DType::bfloat16;
+  return strip_patches(s.width, narrow && s.kernel_space == 3);
+}
+
+DepthwiseConv3dTiling depthwise_conv3d_tiling(const DepthwiseConv3dShape& s) {
+  DepthwiseConv3dTiling result{};
+  with_dtype(s.dtype, [&](auto number) {
+    const Tiling tiling = tiling_of<decltype(number)>(s, patches_of(s));
+    result = {tiling.tiles, tiling.runs};
+  });
+  return result;
+}
+
+// Calls f.template operator()<V, P, SPACE, STRIDE>() with the numbers of the shape.
+template <class T, class F>
+void with_shape(const DepthwiseConv3dShape& s, bool full_width, F f) {
+  constexpr int kFull = 16 / sizeof(T);
+  const auto with_case = [&](auto vector, auto patches) {
+    if (s.kernel_space == 3 && s.temporal_stride == 2) return f(vector, patches, Constant<3>{}, Constant<2>{});
+    if (s.kernel_space == 3 && s.temporal_stride == 1) return f(vector, patches, Constant<3>{}, Constant<1>{});
+    throw std::invalid_argument(
+        "inti_kernels: depthwise_conv3d takes 3×3×3 with stride 2 or 1 and 3×1×1 with stride 1");
+  };
+  const auto with_patches = [&](auto vector) {
+    if (s.kernel_space == 1 && s.temporal_stride == 1) return f(vector, Constant<8>{}, Constant<1>{}, Constant<1>{});
+    if constexpr (sizeof(T) == 2) {
+      if (patches_of(s) == 7) return with_case(vector, Constant<7>{});
+    }
+    with_case(vector, Constant<8>{});
+  };
+  if (full_width)
+    with_patches(Constant<kFull>{});
+  else
+    with_patches(Constant<1>{});
+}
+
+template <class T, int P, int SPACE>
+int tile_bytes(const Tiling& tiling) {
+  return (tiling.rows + SPACE - 1) * tile_pitch<P, SPACE>(tiling.strips) * kSlab<T> * static_cast<int>(sizeof(T));
+}
+template <class T, int P>
+int exchange_bytes(const Tiling& tiling) {
+  return tiling.threads / kLanes * kStripPitch<T, P> * static_cast<int>(sizeof(T));
+}
+template <class T, int SPACE>
+constexpr int kTapBytes = (3 * SPACE * SPACE + 1) * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
+
+int64_t blocks(const DepthwiseConv3dShape& s, const Tiling& t) { return s.batch * t.slabs * t.tiles * t.runs; }
+
+template <class T>
+bool whole(const DepthwiseConv3dShape& s, const Strides& strides, const void* a, const void* b, const void* c) {
+  const int64_t unit = 16 / sizeof(T);
+  return s.dim % unit == 0 && divides(unit, strides) && aligned(a) && aligned(b) && aligned(c);
+}
+
+template <class T>
+void forward(const DepthwiseConv3dForward& p) {
+  const DepthwiseConv3dShape& s = p.shape;
+  with_shape<T>(s, whole<T>(s, p.x_strides, p.x, p.y, p.position), [&](auto v, auto patches, auto space, auto stride) {
+    constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
+    const Tiling t = tiling_of<T>(s, P);
+    const ConvolutionForward<T> q{static_cast<int>(s.frames),
+                                  static_cast<int>(s.height),
+                                  static_cast<int>(s.width),
+                                  static_cast<int>(s.prefix),
+                                  s.dim,
+                                  static_cast<const T*>(p.x),
+                                  p.x_strides,
+                                  p.weight,
+                                  p.bias,
+                                  s.parameter_dtype,
+                                  static_cast<const Wide<T>*>(p.position),
+                                  static_cast<T*>(p.y),
+                                  t};
+    const int shared = kTapBytes<T, SPACE> + 2 * tile_bytes<T, P, SPACE>(t) + exchange_bytes<T, P>(t);
+    const Launch how{"depthwise_conv3d_forward_kernel", blocks(s, t), t.threads, shared, p.stream};
+    launch(depthwise_conv3d_forward_kernel<T, V, P, SPACE, STRIDE>, how, q);
+  });
+}
+
+template <class T>
+void backward_x(const DepthwiseConv3dBackward& p) {
+  const DepthwiseConv3dShape& s = p.shape;
+  const bool full_width = whole<T>(s, p.grad_y_strides, p.grad_y, p.grad_x, nullptr);
+  with_shape<T>(s, full_width, [&](auto v, auto patches, auto space, auto stride) {
+    constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
+    const Tiling t = tiling_of<T>(s, P);
+    Wide<T>* partials = p.grad_position ? static_cast<Wide<T>*>(p.position_partials) : nullptr;
+    const ConvolutionBackwardX<T> q{static_cast<int>(s.frames),
+                                    static_cast<int>(s.height),
+                                    static_cast<int>(s.width),
+                                    static_cast<int>(s.prefix),
+                                    s.dim,
+                                    static_cast<const T*>(p.grad_y),
+                                    p.grad_y_strides,
+                                    p.weight,
+                                    s.parameter_dtype,
+                                    static_cast<T*>(p.grad_x),
+                                    p.accumulate,
+                                    partials,
+                                    t};
+    const int sums = kMostStrips * kLanes / 32 * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
+    const int shared = kTapBytes<T, SPACE> + sums + 2 * tile_bytes<T, P, SPACE>(t) + exchange_bytes<T, P>(t);
+    const Launch how{"depthwise_conv3d_backward_x_kernel", blocks(s, t), t.threads, shared, p.stream};
+    launch(depthwise_conv3d_backward_x_kernel<T, V, P, SPACE, STRIDE>, how, q);
+    if (partials) {
+      const StoreAs to{p.grad_position, sizeof(Wide<T>) == 8 ? DType::float64 : DType::float32};
+      sum_partials<Wide<T>>(partials, s.batch * t.tiles, s.frames * s.dim, to, p.stream);
+    }
+  });
+}
+
+template <class T>
+void backward_weight(const DepthwiseConv3dBackward& p) {
+  const DepthwiseConv3dShape& s = p.shape;
+  const bool full_width =
+      whole<T>(s, p.x_strides, p.x, p.grad_y, p.position) && divides(16 / sizeof(T), p.grad_y_strides);
+  with_shape<T>(s, full_width, [&](auto v, auto patches, auto space, auto stride) {
+    constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
+    const Tiling t = tiling_of<T>(s, P);
+    const ConvolutionBackwardWeight<T> q{static_cast<int>(s.frames),
+                                         static_cast<int>(s.height),
+                                         static_cast<int>(s.width),
+                                         static_cast<int>(s.prefix),
+                                         s.dim,
+                                         static_cast<const T*>(p.x),
+                                         p.x_strides,
+                                         static_cast<const T*>(p.grad_y),
+                                         p.grad_y_strides,
+                                         static_cast<const Wide<T>*>(p.position),
+                                         static_cast<Wide<T>*>(p.weight_partials),
+                                         t};
+    const int sums = t.threads / 32 * kTapBytes<T, SPACE>, tiles = 2 * tile_bytes<T, P, SPACE>(t);
+    const Launch how{"depthwise_conv3d_backward_weight_kernel", blocks(s, t), t.threads, sums > tiles ? sums : tiles,
+                     p.stream};
+    launch(depthwise_conv3d_backward_weight_kernel<T, V, P, SPACE, STRIDE>, how, q);
+    const StoreTaps to{p.grad_weight, p.grad_bias, s.parameter_dtype, 3 * SPACE * SPACE};
+    sum_partials<Wide<T>>(p.weight_partials, s.batch * t.runs * t.tiles, s.dim * (3 * SPACE * SPACE + 1), to, p.stream);
+  });
+}
+
+void depthwise_conv3d_forward(const DepthwiseConv3dForward& p) {
+  with_dtype(p.shape.dtype, [&](auto number) { forward<decltype(number)>(p); });
+}
+
+void depthwise_conv3d_backward(const DepthwiseConv3dBackward& p) {
+  with_dtype(p.shape.dtype, [&](auto number) {
+    using T = decltype(number);
+    if (p.grad_x || p.grad_position) backward_x<T>(p);
+    if (p.grad_weight || p.grad_bias) backward_weight<T>(p);
+  });
+}
+
+#endif  // __CUDACC_RTC__
+
+}  // namespace inti::cuda

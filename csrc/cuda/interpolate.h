@@ -1,0 +1,323 @@
+// The interpolation of each pair of frames, forward and backward, for pair_interpolate and interpolation_head: the two
+// differ only in where a pair's two weights come from, which is a Source's business.
+#pragma once
+
+#include "inti/device.h"
+
+namespace inti::cuda {
+
+// (α, β) of a token pair. Both by their own quotient: 1 - α would lose a small β's digits.
+template <class S>
+struct PairWeights {
+  S first, second;
+};
+
+// A Source has
+//   using Softmax = …;                                   what the weights are computed in
+//   PairWeights<Softmax> weights(int64_t pair) const;    of a token pair; for all lanes of a warp the same
+//   void store_weights(int64_t pair, weights) const;     called by one lane
+//   Softmax grad_difference(int64_t pair) const;         upstream gradient of α less that of β
+//   bool wants_gradient() const;
+//   void store_gradient(int64_t pair, Softmax) const;    gradient of (first - second logit); called by one lane
+
+struct InterpolateForward {
+  int64_t frames, tokens, dim;
+  const void* x;  // [batch, frames, tokens, dim], x_strides
+  Strides x_strides;
+  const void* position;  // wide [frames, dim], or null
+  void* z;               // [batch, frames/2, tokens, dim]
+  unsigned pairs, tiles;
+};
+
+struct InterpolateBackward {
+  int64_t frames, tokens, dim;
+  const void* x;
+  Strides x_strides;
+  const void* position;
+  const void* grad_z;
+  Strides grad_z_strides;
+  void* grad_x;  // [batch, frames, tokens, dim], or null
+  bool accumulate;
+  void* partials;  // wide [batch, tiles, frames, dim], or null: the position's
+  unsigned pairs, tiles, tile_tokens;
+};
+
+constexpr int kInterpolateWarps = 4;
+constexpr int kForwardTokens = 2, kBackwardTokens = 4;  // token pairs of a warp
+
+// The block's pair of frames and tile of tokens.
+struct InterpolateTile {
+  int64_t row;  // pair of frames, over all clips
+  unsigned clip, pair, tile;
+  __device__ InterpolateTile(unsigned pairs, unsigned tiles) {
+    const unsigned over_clips = blockIdx.x / tiles;
+    tile = blockIdx.x - over_clips * tiles;
+    clip = over_clips / pairs;
+    pair = over_clips - clip * pairs;
+    row = over_clips;
+  }
+};
+
+template <class T, int V>
+__device__ __forceinline__ Vec<Wide<T>, V> load_position(const Wide<T>* position) {
+  constexpr int step = V * sizeof(Wide<T>) > 16 ? 16 / sizeof(Wide<T>) : V;  // at most 16 bytes at a time
+  Vec<Wide<T>, V> row;
+#pragma unroll
+  for (int i = 0; i < V; i += step) {
+    const auto part = load<step>(position + i);
+#pragma unroll
+    for (int k = 0; k < step; ++k) row[i + k] = part[k];
+  }
+  return row;
+}
+
+// A warp has two token pairs and walks along the channels: four 16-byte loads a thread are in flight at a time, the
+// pairs' weights are computed once, and a pair's position is read once for both. 128 threads, 8 blocks an SM
+// (64 registers): 32 warps · 32 · 64 bytes = 64 KiB in flight.
+template <class T, int V, class Source>
+__global__ void __launch_bounds__(32 * kInterpolateWarps, 8)
+    interpolate_forward_kernel(const InterpolateForward p, const Source source) {
+  using W = Wide<T>;
+  const InterpolateTile at(p.pairs, p.tiles);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const T* x = static_cast<const T*>(p.x) + at.clip * p.x_strides.batch + 2 * at.pair * p.x_strides.frame;
+  T* z = static_cast<T*>(p.z) + at.row * p.tokens * p.dim;
+  const W* position = static_cast<const W*>(p.position);
+  if (position) position += 2 * at.pair * p.dim;
+
+  const int64_t first = static_cast<int64_t>(at.tile) * (kForwardTokens * kInterpolateWarps) + warp;
+  W alpha[kForwardTokens], beta[kForwardTokens];
+#pragma unroll
+  for (int i = 0; i < kForwardTokens; ++i) {
+    const int64_t token = first + i * kInterpolateWarps;
+    if (token >= p.tokens) break;
+    const auto weights = source.weights(at.row * p.tokens + token);
+    if (lane == 0) source.store_weights(at.row * p.tokens + token, weights);
+    alpha[i] = static_cast<W>(weights.first);
+    beta[i] = static_cast<W>(weights.second);
+  }
+
+  for (int64_t channel = lane * V; channel < p.dim; channel += 32 * V) {
+    Vec<T, V> even[kForwardTokens], odd[kForwardTokens];  // [V] of each token
+#pragma unroll
+    for (int i = 0; i < kForwardTokens; ++i) {
+      const int64_t token = first + i * kInterpolateWarps;
+      if (token >= p.tokens) break;
+      const T* from = x + token * p.x_strides.token + channel;
+      even[i] = load<V>(from);
+      odd[i] = load<V>(from + p.x_strides.frame);
+    }
+    Vec<W, V> even_position{}, odd_position{};
+    if (position) {
+      even_position = load_position<T, V>(position + channel);
+      odd_position = load_position<T, V>(position + p.dim + channel);
+    }
+#pragma unroll
+    for (int i = 0; i < kForwardTokens; ++i) {
+      const int64_t token = first + i * kInterpolateWarps;
+      if (token >= p.tokens) break;
+      const auto a = widen(even[i]), b = widen(odd[i]);
+      Vec<W, V> sum;
+#pragma unroll
+      for (int k = 0; k < V; ++k) sum[k] = alpha[i] * (a[k] + even_position[k]) + beta[i] * (b[k] + odd_position[k]);
+      store(z + token * p.dim + channel, narrow<T>(sum));
+    }
+  }
+}
+
+// As the forward, four token pairs a warp: twelve 16-byte loads in flight. grad_x needs no sum over channels and is
+// written in the same pass; the sum that the weights' gradient needs, Σ grad_z·(x[2j] - x[2j+1]), ends by shuffles.
+// The position's sums over the tile's tokens stay in registers over a warp's tokens, and meet in shared memory, two
+// buffers in turn so that a step has one barrier. 128 threads, 3 blocks an SM (168 registers): 12 warps · 32 · 192
+// bytes = 72 KiB in flight.
+template <class T, int V, class Source>
+__global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
+    interpolate_backward_kernel(const InterpolateBackward p, const Source source) {
+  using W = Wide<T>;
+  using S = typename Source::Softmax;
+  // Sums are exchanged in groups of 16 bytes, the same group of all lanes side by side: no bank conflicts.
+  constexpr int G = V * sizeof(W) > 16 ? 16 / sizeof(W) : V;
+  constexpr int kBuffer = kInterpolateWarps * 2 * 32 * V;  // [warps, frame, V / G, lanes, G]
+  const InterpolateTile at(p.pairs, p.tiles);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const T* x = static_cast<const T*>(p.x) + at.clip * p.x_strides.batch + 2 * at.pair * p.x_strides.frame;
+  const T* grad_z =
+      static_cast<const T*>(p.grad_z) + at.clip * p.grad_z_strides.batch + at.pair * p.grad_z_strides.frame;
+  T* grad_x = static_cast<T*>(p.grad_x);
+  if (grad_x) grad_x += (at.clip * p.frames + 2 * at.pair) * p.tokens * p.dim;
+  const W* position = static_cast<const W*>(p.position);
+  if (position) position += 2 * at.pair * p.dim;
+  W* partials = static_cast<W*>(p.partials);
+  if (partials) partials += ((static_cast<int64_t>(at.clip) * p.tiles + at.tile) * p.frames + 2 * at.pair) * p.dim;
+
+  const int64_t first = static_cast<int64_t>(at.tile) * p.tile_tokens + warp;
+  int64_t last = first - warp + p.tile_tokens;
+  if (last > p.tokens) last = p.tokens;
+  S alpha[kBackwardTokens], beta[kBackwardTokens];
+  W sums[kBackwardTokens];
+#pragma unroll
+  for (int i = 0; i < kBackwardTokens; ++i) {
+    sums[i] = 0;
+    alpha[i] = beta[i] = 0;  // a token that isn't there adds nothing to the position's sums
+    const int64_t token = first + i * kInterpolateWarps;
+    if (token >= last) break;
+    const auto weights = source.weights(at.row * p.tokens + token);
+    alpha[i] = weights.first;
+    beta[i] = weights.second;
+  }
+
+  const bool wants_x = source.wants_gradient();
+  int step = 0;
+  // Every thread takes every step: there is a barrier in it.
+  for (int64_t base = 0; base < p.dim; base += 32 * V, ++step) {
+    const int64_t channel = base + lane * V;
+    Vec<W, V> even_sum{}, odd_sum{};  // [V]: the position's, of this warp's tokens
+    if (channel < p.dim) {
+      Vec<T, V> grad[kBackwardTokens]{}, even[kBackwardTokens], odd[kBackwardTokens];
+#pragma unroll
+      for (int i = 0; i < kBackwardTokens; ++i) {
+        const int64_t token = first + i * kInterpolateWarps;
+        if (token >= last) break;
+        grad[i] = load<V>(grad_z + token * p.grad_z_strides.token + channel);
+        if (!wants_x) continue;
+        const T* from = x + token * p.x_strides.token + channel;
+        even[i] = load<V>(from);
+        odd[i] = load<V>(from + p.x_strides.frame);
+      }
+      Vec<W, V> between{};  // position of the even frame less that of the odd one
+      if (position && wants_x) {
+        const auto a = load_position<T, V>(position + channel), b = load_position<T, V>(position + p.dim + channel);
+#pragma unroll
+        for (int k = 0; k < V; ++k) between[k] = a[k] - b[k];
+      }
+#pragma unroll
+      for (int i = 0; i < kBackwardTokens; ++i) {
+        const int64_t token = first + i * kInterpolateWarps;
+        if (token >= last) break;
+        const auto g = widen(grad[i]);
+        if (wants_x) {
+          const auto a = widen(even[i]), b = widen(odd[i]);
+#pragma unroll
+          for (int k = 0; k < V; ++k) sums[i] += g[k] * ((a[k] - b[k]) + between[k]);
+        }
+        const W of_even = static_cast<W>(alpha[i]), of_odd = static_cast<W>(beta[i]);
+        Vec<W, V> even_grad, odd_grad;
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          even_grad[k] = of_even * g[k];
+          odd_grad[k] = of_odd * g[k];
+          even_sum[k] += even_grad[k];
+          odd_sum[k] += odd_grad[k];
+        }
+        if (grad_x) {
+          T* to = grad_x + token * p.dim + channel;
+          T* behind = to + p.tokens * p.dim;
+          if (p.accumulate) {
+            const auto old_even = widen(load<V>(to)), old_odd = widen(load<V>(behind));
+#pragma unroll
+            for (int k = 0; k < V; ++k) {
+              even_grad[k] += old_even[k];
+              odd_grad[k] += old_odd[k];
+            }
+          }
+          store(to, narrow<T>(even_grad));
+          store(behind, narrow<T>(odd_grad));
+        }
+      }
+    }
+    if (!partials) continue;
+    const Shared<W> buffer = dynamic_shared<W>(0) + (step % 2) * kBuffer;
+#pragma unroll
+    for (int group = 0; group < V / G; ++group) {
+      Vec<W, G> even_part, odd_part;
+#pragma unroll
+      for (int k = 0; k < G; ++k) {
+        even_part[k] = even_sum[group * G + k];
+        odd_part[k] = odd_sum[group * G + k];
+      }
+      const int place = (warp * 2 * V / G + group) * 32 * G + lane * G;
+      store(buffer + place, even_part);
+      store(buffer + (place + V / G * 32 * G), odd_part);
+    }
+    __syncthreads();
+    // A thread adds up the warps' sums of one group.
+    const int number = threadIdx.x / 32;  // frame · (V / G) + group
+    const int64_t to = base + lane * V + number % (V / G) * G;
+    if (number < 2 * V / G && to < p.dim) {
+      Vec<W, G> total{};
+#pragma unroll
+      for (int w = 0; w < kInterpolateWarps; ++w) {
+        const auto part = load<G>(buffer + ((w * 2 * V / G + number) * 32 + lane) * G);
+#pragma unroll
+        for (int k = 0; k < G; ++k) total[k] += part[k];
+      }
+      store(partials + (number / (V / G)) * p.dim + to, total);
+    }
+  }
+
+  if (!wants_x) return;
+#pragma unroll
+  for (int i = 0; i < kBackwardTokens; ++i) {
+    const int64_t token = first + i * kInterpolateWarps;
+    if (token >= last) break;
+    W sum = sums[i];
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (lane == 0) {
+      const int64_t pair = at.row * p.tokens + token;
+      source.store_gradient(pair, alpha[i] * beta[i] * (static_cast<S>(sum) + source.grad_difference(pair)));
+    }
+  }
+}
+
+#ifndef __CUDACC_RTC__
+
+// Elements of a 16-byte access if rows allow it, else 1.
+template <class T>
+bool full_width(int64_t dim, const Strides& strides, const void* position) {
+  const int64_t unit = 16 / sizeof(T);
+  return dim % unit == 0 && divides(unit, strides) && aligned(position);
+}
+
+template <class T, int V, class Source>
+void launch_interpolate_forward(InterpolateForward p, int64_t batch, const Source& source, void* stream) {
+  const int64_t tile = kForwardTokens * kInterpolateWarps;
+  p.pairs = static_cast<unsigned>(p.frames / 2);
+  p.tiles = static_cast<unsigned>((p.tokens + tile - 1) / tile);
+  const Launch how{"interpolate_forward_kernel", batch * p.pairs * p.tiles, 32 * kInterpolateWarps, 0, stream};
+  launch(interpolate_forward_kernel<T, V, Source>, how, p, source);
+}
+
+// frames, tokens, dim, x, x_strides, position and z of p are given.
+template <class T, class Source>
+void interpolate_forward(const InterpolateForward& p, int64_t batch, const Source& source, void* stream) {
+  if (full_width<T>(p.dim, p.x_strides, p.position) && aligned(p.x) && aligned(p.z))
+    launch_interpolate_forward<T, 16 / sizeof(T)>(p, batch, source, stream);
+  else
+    launch_interpolate_forward<T, 1>(p, batch, source, stream);
+}
+
+template <class T, int V, class Source>
+void launch_interpolate_backward(InterpolateBackward p, int64_t batch, const Source& source, void* stream) {
+  p.pairs = static_cast<unsigned>(p.frames / 2);
+  const int64_t most = kBackwardTokens * kInterpolateWarps;
+  p.tile_tokens = static_cast<unsigned>((p.tokens + p.tiles - 1) / p.tiles);
+  if (p.tile_tokens > most) throw std::invalid_argument("inti_kernels: interpolate_backward: too few tiles");
+  const int shared = p.partials ? 2 * kInterpolateWarps * 2 * 32 * V * static_cast<int>(sizeof(Wide<T>)) : 0;
+  const Launch how{"interpolate_backward_kernel", batch * p.pairs * p.tiles, 32 * kInterpolateWarps, shared, stream};
+  launch(interpolate_backward_kernel<T, V, Source>, how, p, source);
+}
+
+// All of p but `pairs` and `tile_tokens` is given; `tiles` as pair_interpolate_tiles() says.
+template <class T, class Source>
+void interpolate_backward(const InterpolateBackward& p, int64_t batch, const Source& source, void* stream) {
+  if (full_width<T>(p.dim, p.x_strides, p.position) && divides(16 / sizeof(T), p.grad_z_strides) && aligned(p.x) &&
+      aligned(p.grad_z) && aligned(p.grad_x) && aligned(p.partials))
+    launch_interpolate_backward<T, 16 / sizeof(T)>(p, batch, source, stream);
+  else
+    launch_interpolate_backward<T, 1>(p, batch, source, stream);
+}
+
+#endif  // __CUDACC_RTC__
+
+}  // namespace inti::cuda
