@@ -30,10 +30,16 @@ PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
 CMAKE := $(BIN)/cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(VENV_PYTHON))
 
-CXX_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inc')
-NATIVE_INPUTS = $(CXX_SOURCES) $(shell find csrc python -type d) csrc/build_info.h.in
+CXX_SOURCES = $(shell find csrc python benchmarks -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc')
+NATIVE_INPUTS = $(CXX_SOURCES) $(shell find csrc python -type d) csrc/build_info.h.in csrc/cuda.cmake
 OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_native.py
+# The ops on the emulated CUDA backend; the emulator uses one core.
+CUDA_TESTS = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -o addopts= -n auto -k cuda \
+    tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
+    tests/test_interpolation_head.py
+# The emulated module of a build folder.
+emulated = $$(echo $(CURDIR)/$(1)/_cuda*.so)
 
 # Stamps: what is installed, by what it depends on. A torch of another version takes the place of the one before.
 VENV_STAMP := $(VENV)/.stamp-venv
@@ -47,8 +53,13 @@ say = @printf '\n== %s\n' "$(1)"
 TRITONS ?= 3.3.1 3.5.1 3.8.0 3.9.0
 TRITON_FOLDER := build/triton-versions
 
-.PHONY: help install demo test lint unit triton triton-check triton-tests triton-compile coverage sanitize \
-    test-mutants test-triton-versions test-full bench format clean
+# What compiles for sm_70 without nvcc, and the disassembler that reads it (tests/cuda_aot.py).
+NVCC ?= $(or $(CUDACXX),nvcc)
+NVRTC := build/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+DISASSEMBLER := $(TRITON_FOLDER)/3.3.1/triton/backends/nvidia/bin/nvdisasm
+
+.PHONY: help install demo test lint unit emulator triton triton-check triton-tests triton-compile cuda-compile \
+    coverage sanitize test-mutants test-triton-versions test-nvcc test-full bench format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [TORCH=2.7.1] [ARGS='--frames 16']    torch here: $(TORCH)"
@@ -81,15 +92,15 @@ $(TORCH_STAMP): | $(VENV_STAMP)
 $(PACKAGES_STAMP): pyproject.toml setup.py $(TORCH_STAMP)
 	$(call say,Installing what the build and the tests and the demo need)
 	$(PIP) install --upgrade setuptools cmake ninja pybind11
-	INTI_NATIVE=off $(PIP) install --no-build-isolation -e '.[test,demo,bench]'
+	INTI_NATIVE=off INTI_CUDA=off $(PIP) install --no-build-isolation -e '.[test,demo,bench]'
 	@touch $@
 
 $(NATIVE_STAMP): $(PACKAGES_STAMP) CMakeLists.txt inti_kernels/_version.py $(NATIVE_INPUTS)
-	$(call say,Building the native module)
+	$(call say,Building the kernels)
 	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
 	@touch $@
 
-install: $(NATIVE_STAMP) ## create .venv, install everything into it and build the native module
+install: $(NATIVE_STAMP) ## create .venv, install everything into it and build the kernels
 
 # --- Using ----------------------------------------------------------------------------------------------------------
 
@@ -103,10 +114,11 @@ bench: install ## time every op and the module against plain PyTorch (ARGS="--dt
 
 # --- Testing --------------------------------------------------------------------------------------------------------
 
-test: install ## lint, unit, triton and coverage
+test: install ## lint, unit, triton, cuda-compile and coverage
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory triton
+	@$(MAKE) --no-print-directory cuda-compile
 	@$(MAKE) --no-print-directory coverage
 
 lint: install ## ruff and clang-format, nothing changed
@@ -115,9 +127,14 @@ lint: install ## ruff and clang-format, nothing changed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-unit: install ## the fast tests (PYTEST_ARGS="-k conv -x")
+unit: emulator ## the fast tests (PYTEST_ARGS="-k conv -x")
 	$(call say,Tests)
-	$(VENV_PYTHON) -m pytest tests $(PYTEST_ARGS)
+	INTI_CUDA_LIBRARY="$(call emulated,build/emulator)" $(VENV_PYTHON) -m pytest tests $(PYTEST_ARGS)
+
+emulator: install ## build the CUDA kernels for the CPU, where the tests run them
+	$(call say,Building the CUDA kernels for the emulator)
+	$(CONFIGURE) -B build/emulator -DINTI_EMULATOR=ON --log-level=WARNING
+	$(CMAKE) --build build/emulator --target cuda_emulated
 
 # Without a GPU: the kernels run in Triton's interpreter, and are compiled for every architecture by the Triton at hand.
 triton: install ## the Triton kernels: checked and tested in the interpreter, compiled for sm_70 to sm_90
@@ -149,36 +166,81 @@ test-triton-versions: install ## compile the Triton kernels with every supported
 	    PYTHONPATH=$$folder $(VENV_PYTHON) tests/triton_aot.py || exit 1; \
 	done
 
+# Compiled by the nvcc at hand for architectures that every nvcc from 11.8 on has, and always by NVRTC for sm_70.
+cuda-compile: emulator $(NVRTC) $(DISASSEMBLER) ## the CUDA kernels compiled: by nvcc for sm_75 and sm_90, by NVRTC for sm_70
+	$(call say,CUDA: compiling and linking for sm_75 and sm_90)
+	@if command -v $(NVCC) >/dev/null; then \
+	    $(CONFIGURE) -B build/cuda --log-level=WARNING -DINTI_CUDA=ON -DINTI_CUDA_ARCHS='75;90' \
+	        -DCMAKE_CUDA_COMPILER="$$(command -v $(NVCC))" && \
+	    $(CMAKE) --build build/cuda --target _cuda && \
+	    PYTHONPATH=build/cuda $(VENV_PYTHON) -c 'import _cuda; print("imported:", _cuda.build_info())'; \
+	else \
+	    echo "not run: no nvcc; CUDACXX names one"; \
+	fi
+	$(call say,CUDA: compiling ahead of time for sm_70)
+	$(VENV_PYTHON) tests/cuda_aot.py
+
+$(NVRTC): | $(PACKAGES_STAMP)
+	$(PIP) install --quiet --no-deps --upgrade --target build/nvrtc \
+	    nvidia-cuda-nvrtc-cu12==12.9.* nvidia-cuda-runtime-cu12==12.9.* nvidia-cuda-nvcc-cu12==12.9.*
+	@touch $@
+
+$(DISASSEMBLER): | $(PACKAGES_STAMP)
+	$(PIP) install --quiet --no-deps --upgrade --target $(TRITON_FOLDER)/3.3.1 triton==3.3.1
+	@touch $@
+
+# The oldest nvcc that is supported, with the newest g++ that it takes: a gigabyte of packages, and minutes of compiling.
+test-nvcc: install ## compile and link the CUDA kernels for sm_70 with nvcc 11.8 and g++-11, unpacked into build/
+	$(call say,nvcc 11.8: unpacking)
+	$(VENV_PYTHON) tests/unpack_nvcc.py build/nvcc-11.8
+	$(call say,nvcc 11.8: compiling and linking for sm_70)
+	$(CONFIGURE) -B build/cuda-11.8 -DINTI_CUDA=ON -DINTI_CUDA_ARCHS=70 \
+	    -DCMAKE_CUDA_COMPILER=$(CURDIR)/build/nvcc-11.8/cuda/bin/nvcc \
+	    -DCMAKE_CUDA_HOST_COMPILER=$(CURDIR)/build/nvcc-11.8/root/usr/bin/g++-11 \
+	    -DCMAKE_CXX_COMPILER=$(CURDIR)/build/nvcc-11.8/root/usr/bin/g++-11
+	$(CMAKE) --build build/cuda-11.8 --target _cuda
+	PYTHONPATH=build/cuda-11.8 $(VENV_PYTHON) -c 'import _cuda; print("imported:", _cuda.build_info())'
+
 # On a build that counts the lines it executes. The op tests go through every instruction set of the machine.
-coverage: install ## the op tests, and how many lines of the C++ kernels they execute: 95 % or more
-	$(call say,Coverage of csrc/cpu: building)
-	$(CONFIGURE) -B build/coverage -DINTI_COVERAGE=ON
+coverage: install ## the op tests, and how many lines of the C++ and CUDA kernels they execute: 95 % or more
+	$(call say,Coverage: building)
+	$(CONFIGURE) -B build/coverage -DINTI_COVERAGE=ON -DINTI_EMULATOR=ON
 	$(CMAKE) --build build/coverage
 	@find build/coverage -name '*.gcda' -delete
 	$(call say,Coverage of csrc/cpu: the op tests)
 	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/coverage/_native*.so)" $(OP_TESTS)
+	$(call say,Coverage of csrc/cuda: the op tests in the emulator)
+	INTI_CUDA_LIBRARY="$(call emulated,build/coverage)" $(CUDA_TESTS)
 	$(call say,Coverage of csrc/cpu)
-	$(BIN)/gcovr --gcov-executable $(GCOV) --root . --object-directory build/coverage --filter csrc/cpu/ --merge-lines \
-	    --gcov-ignore-parse-errors negative_hits.warn_once_per_file --txt-metric line --txt - --fail-under-line 95 \
-	    build/coverage
+	$(COVERED) --filter csrc/cpu/
+	$(call say,Coverage of csrc/cuda)
+	$(COVERED) --filter csrc/cuda/
+
+COVERED = $(BIN)/gcovr --gcov-executable $(GCOV) --root . --object-directory build/coverage --merge-lines \
+    --gcov-ignore-parse-errors negative_hits.warn_once_per_file --txt-metric line --txt - --fail-under-line 95 \
+    build/coverage
 
 # torch and Python are not sanitized: the runtime of AddressSanitizer has to be there before them, and libstdc++ with
 # it, so that it sees the exceptions. Leaks are not looked for: Python's own would drown ours.
-sanitize: install ## the op tests on a build with AddressSanitizer and UBSan
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: install ## the op tests on builds with AddressSanitizer and UBSan
 	$(call say,Sanitizers: building)
-	$(CONFIGURE) -B build/sanitize -DINTI_SANITIZE=address,undefined -DCMAKE_CXX_COMPILER=g++
+	$(CONFIGURE) -B build/sanitize -DINTI_SANITIZE=address,undefined -DINTI_EMULATOR=ON -DCMAKE_CXX_COMPILER=g++
 	$(CMAKE) --build build/sanitize
 	$(call say,Sanitizers: the op tests)
-	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/sanitize/_native*.so)" \
-	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/sanitize/_native*.so)" $(SANITIZED) \
 	    $(OP_TESTS) -k 'not compile and not export and not opcheck'
+	$(call say,Sanitizers: the op tests in the emulator)
+	INTI_CUDA_LIBRARY="$(call emulated,build/sanitize)" HYPOTHESIS_PROFILE=mutants $(SANITIZED) \
+	    $(CUDA_TESTS) -k 'cuda and not compile and not export and not opcheck'
 
 test-mutants: install ## plant one-line faults in the C++ and Triton kernels and see each caught
 	$(call say,Mutants)
 	$(VENV_PYTHON) tests/mutants.py
 
-test-full: install ## test, sanitize, test-mutants, test-triton-versions, a wheel beside several torches; writes FULL_RESULTS.md
+test-full: install ## test, sanitize, test-mutants, test-triton-versions, test-nvcc, a wheel beside several torches; writes FULL_RESULTS.md
 	$(VENV_PYTHON) tests/full.py
 
 # --- Keeping house --------------------------------------------------------------------------------------------------
@@ -189,6 +251,6 @@ format: install ## apply ruff and clang-format
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean: ## remove what was built (.venv stays)
-	rm -rf build dist *.egg-info inti_kernels/_native*.so inti_kernels/_build.json .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info inti_kernels/_native*.so inti_kernels/_cuda*.so inti_kernels/_build.json .pytest_cache .ruff_cache .hypothesis
 	rm -f $(NATIVE_STAMP)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +

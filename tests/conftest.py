@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from inti_kernels.backends import _arguments, _memory, cpu, native
+from inti_kernels.backends import _arguments, _memory, cpu, cuda, native
+from inti_kernels.ops import OPS
 
 # `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
 # finding what nobody thought of (HYPOTHESIS_PROFILE=full); `mutants` only wants to know whether something fails.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Naming the emulator asks for the cuda backend: INTI_CUDA_LIBRARY=build/emulator/_cuda….so
+EMULATED = bool(os.environ.get("INTI_CUDA_LIBRARY")) and not INTERPRETED
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("fast", max_examples=8 if INTERPRETED else 25, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=400, **_COMMON)
@@ -23,7 +27,10 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
-collect_ignore = [] if INTERPRETED else ["test_triton_interpreted.py"]
+collect_ignore = [
+    *([] if INTERPRETED else ["test_triton_interpreted.py"]),
+    *([] if EMULATED else ["test_cuda_emulated.py"]),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +45,19 @@ def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         from inti_kernels.backends.triton import _launch, depthwise_conv3d, pair_interpolate
 
         modules += [_launch, depthwise_conv3d, pair_interpolate]
+    if EMULATED:
+        modules += [import_module(f"{cuda.__name__}.{op}") for op in OPS]
     for module in modules:
         monkeypatch.setattr(module, "empty", empty_of_nan)
 
 
 def variants() -> list[str]:
     """Every backend under test: the cpu backend once for each instruction set of this machine or, where Triton's
-    interpreter is asked for, triton alone."""
+    interpreter or the emulator of CUDA is asked for, triton or cuda alone."""
     if INTERPRETED:
         return ["triton"]
+    if EMULATED:
+        return ["cuda"]
     if native.why_not_native():
         return ["cpu"]  # and the tests fail with the reason
     forced = os.environ.get("INTI_CPU")
@@ -67,7 +78,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     module.set_cpu_isa(before)
 
 
-@pytest.fixture(params=["triton" if INTERPRETED else "cpu"])
+@pytest.fixture(params=["triton" if INTERPRETED else "cuda" if EMULATED else "cpu"])
 def kernels(request: pytest.FixtureRequest) -> str:
     """The backend under test, in the one state that it starts in."""
     return request.param

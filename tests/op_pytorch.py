@@ -20,22 +20,25 @@ def opcheck(subject: Subject) -> None:
             value.requires_grad_(needs_grad)
         torch.library.opcheck(getattr(torch.ops.inti_kernels, subject.name).default, subject.custom_op_args(case))
     case = subject.case()
-    *args, backend = subject.custom_op_args(case)
-    outputs = as_tuple(getattr(torch.ops.inti_kernels, subject.name)(*args, backend))
     needs = [True] * len(subject.arguments)
     for buffer in (None, torch.zeros_like(case.inputs["x"])):
         backward = getattr(torch.ops.inti_kernels, f"{subject.name}_backward").default
         torch.library.opcheck(
             backward,
-            (*map(torch.ones_like, outputs), *args, needs, buffer, backend),
+            subject.backward_args(case, torch.ones_like, needs, buffer),
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
+
+
+def _chosen(subject: Subject) -> str:
+    """The choice that takes the backend under test: what has to be asked for is, for `auto` never takes it."""
+    return subject.backend if subject.backend != "cpu" else "auto"
 
 
 def compile_fullgraph(subject: Subject) -> None:
     leaves, run = subject.leaves()
     torch._dynamo.reset()
-    with backends.use_backend(subject.backend if subject.backend != "cpu" else "auto"):
+    with backends.use_backend(_chosen(subject)):
         compiled = torch.compile(lambda *values: run(*values, backend=None), fullgraph=True)
         before = backends.executed.copy()
         actual = gradients(compiled, leaves)
@@ -49,7 +52,7 @@ def export(subject: Subject) -> None:
 
     class Module(torch.nn.Module):
         def forward(self, *values: Tensor) -> Any:
-            return run(*values, backend="auto")
+            return run(*values, backend=_chosen(subject))
 
     values = tuple(leaf.detach() for leaf in leaves)
     assert_same_bits(torch.export.export(Module(), values).module()(*values), run(*values))
@@ -150,7 +153,7 @@ def compiled_transforms_are_right_or_raise(subject: Subject) -> None:
     x, others = leaves[0], leaves[1:]
 
     def scalar(x: Tensor) -> Tensor:
-        return loss(run(x, *others, backend=None))
+        return loss(run(x, *others, backend=_chosen(subject)))
 
     def penalty(x: Tensor) -> Tensor:
         return torch.func.grad(scalar)(x).square().sum()

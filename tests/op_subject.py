@@ -24,12 +24,19 @@ class Subject:
         arguments: the inputs in the order in which the custom op takes them.
         sizes: more arguments of `op_cases`, such as a kernel.
         backend: the backend under test.
+        more: arguments of the custom op behind the inputs that `op_cases` doesn't give, such as eps.
+        kept: how many of the custom op's outputs are there for its backward alone, and last; the custom op is told
+            whether to return them.
+        least_dim: the smallest dim at which every gradient is one to speak of.
     """
 
     name: str
     arguments: tuple[str, ...]
     sizes: dict[str, Any] = field(default_factory=dict)
     backend: str = "cpu"
+    more: tuple[Any, ...] = ()
+    kept: int = 0
+    least_dim: int = 2
 
     def case(self, dtype: torch.dtype = torch.float32, **changes: Any) -> OpCase:
         return op_cases(self.name, dtype=dtype, **{**SMALL, **self.sizes, **changes})
@@ -47,15 +54,30 @@ class Subject:
     def custom_op_args(self, case: OpCase, backend: str | None = None) -> tuple[Any, ...]:
         inputs, kwargs = case
         sizes = [list(v) if isinstance(v, tuple) else v for v in kwargs.values()]
-        return (*(inputs[name] for name in self.arguments), *sizes, backend or self.backend)
+        keep = (True,) * bool(self.kept)
+        return (*(inputs[name] for name in self.arguments), *sizes, *self.more, *keep, backend or self.backend)
+
+    def backward_args(
+        self, case: OpCase, upstream: Callable[[Tensor], Tensor], needs: list[bool], accumulate: Tensor | None
+    ) -> tuple[Any, ...]:
+        """What the private backward op takes; the forward is run for it."""
+        *args, backend = self.custom_op_args(case)
+        outputs = as_tuple(getattr(torch.ops.inti_kernels, self.name)(*args, backend))
+        own, kept = outputs[: len(outputs) - self.kept], outputs[len(outputs) - self.kept :]
+        args = args[:-1] if self.kept else args
+        return (*map(upstream, own), *args, *kept, needs, accumulate, backend)
 
     def backward(self, case: OpCase, needs: list[bool], accumulate: Tensor | None = None, seed: int = 0) -> Any:
         """The private backward op on random upstream gradients."""
-        *args, backend = self.custom_op_args(case)
         generator = torch.Generator().manual_seed(seed)
-        outputs = as_tuple(getattr(torch.ops.inti_kernels, self.name)(*args, backend))
-        upstream = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
-        return getattr(torch.ops.inti_kernels, f"{self.name}_backward")(*upstream, *args, needs, accumulate, backend)
+        args = self.backward_args(
+            case, lambda out: torch.randn(out.shape, generator=generator).to(out.dtype), needs, accumulate
+        )
+        return getattr(torch.ops.inti_kernels, f"{self.name}_backward")(*args)
+
+    @property
+    def number_of_x(self) -> int:
+        return self.arguments.index("x")
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:

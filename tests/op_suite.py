@@ -32,21 +32,31 @@ from op_subject import Subject, as_tuple, assert_same_bits, gradients, layouts, 
 from inti_kernels import backends, ops, reference
 from inti_kernels.testing import OpCase, assert_close_three_way, three_way
 
-# The triton backend's run of the suite: tests/conftest.py then has no other backend.
+# The triton backend's run of the suite, or the cuda backend's: tests/conftest.py then has no other backend.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = bool(os.environ.get("INTI_CUDA_LIBRARY")) and not INTERPRETED
+UNDER_TEST = "triton" if INTERPRETED else "cuda" if EMULATED else "cpu"
 
 
-def sizes(compiled: Any, interpreted: Any) -> Any:
-    """What Hypothesis draws from: for compiled kernels, or for Triton's interpreter."""
-    return interpreted if INTERPRETED else compiled
+# For ops that are a plain PyTorch expression but for the CUDA kernels: what is of the one, and of the others.
+plain_only = pytest.mark.skipif(UNDER_TEST != "cpu", reason="of plain PyTorch, not of the backend under test")
+kernels_only = pytest.mark.skipif(not EMULATED, reason="of the CUDA kernels")
+
+
+def sizes(compiled: Any, interpreted: Any, emulated: Any = None) -> Any:
+    """What Hypothesis draws from: for compiled kernels, for Triton's interpreter, or (the same by default) for the
+    emulator of CUDA."""
+    if EMULATED and emulated is not None:
+        return emulated
+    return compiled if UNDER_TEST == "cpu" else interpreted
 
 
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 
 def gradcheck(subject: Subject) -> None:
-    leaves, run = subject.leaves(torch.float64, batch=1, dim=2)
-    assert torch.autograd.gradcheck(run, leaves, fast_mode=INTERPRETED)
+    leaves, run = subject.leaves(torch.float64, batch=1, dim=subject.least_dim)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=UNDER_TEST != "cpu")
 
 
 def runs_where_it_says(subject: Subject) -> None:
@@ -66,7 +76,8 @@ def reference_backend_is_the_reference(subject: Subject) -> None:
     assert_same_bits(getattr(ops, subject.name)(**inputs, **kwargs, backend="reference"), expected)
     case = subject.case()
     args = subject.custom_op_args(case, "reference")
-    assert_same_bits(getattr(torch.ops.inti_kernels, subject.name)(*args), expected)
+    outputs = as_tuple(getattr(torch.ops.inti_kernels, subject.name)(*args))
+    assert_same_bits(outputs[: len(outputs) - subject.kept], expected)
 
 
 def fallback_differentiates(subject: Subject) -> None:
@@ -121,20 +132,21 @@ def accumulates_into_a_buffer(subject: Subject) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         case = subject.case(dtype)
         needs = [case.inputs[name] is not None for name in subject.arguments]
-        fresh = subject.backward(case, needs)
+        fresh = list(subject.backward(case, needs))
+        fresh_x = fresh.pop(subject.number_of_x)
         x = case.inputs["x"]
         guarded = torch.full((x.numel() + 64,), 7.0, dtype=dtype)
         buffer = guarded[32:-32].view(x.shape)
         buffer.copy_(torch.randn(x.shape))
         old = buffer.clone()
-        grad, *others = subject.backward(case, needs, buffer)
-        assert grad.numel() == 0
-        torch.testing.assert_close(buffer, (old.double() + fresh[0].double()).to(dtype), rtol=1e-2, atol=1e-2)
+        others = list(subject.backward(case, needs, buffer))
+        assert others.pop(subject.number_of_x).numel() == 0
+        torch.testing.assert_close(buffer, (old.double() + fresh_x.double()).to(dtype), rtol=1e-2, atol=1e-2)
         if dtype == torch.float32:
-            torch.testing.assert_close(buffer, old + fresh[0])
+            torch.testing.assert_close(buffer, old + fresh_x)
         assert bool((guarded[:32] == 7).all())
         assert bool((guarded[-32:] == 7).all())
-        assert_same_bits(tuple(others), tuple(fresh[1:]))
+        assert_same_bits(tuple(others), tuple(fresh))
     for wrong in (torch.zeros(3), torch.zeros(x.shape), buffer[..., ::2]):
         with pytest.raises(ValueError, match="grad_x_accumulate must be contiguous"):
             subject.backward(case, needs, wrong)
@@ -280,8 +292,8 @@ def bad_input(subject: Subject) -> None:
         run(**{**inputs, **kwargs, "x": x.to(torch.float8_e5m2)}, backend="cpu")
 
 
-# What depends on the kernels. Triton's interpreter, where a launch takes a second, goes through these; the others are
-# of the recipe, which is one for all backends, and are shown on the cpu backend.
+# What depends on the kernels. Triton's interpreter, where a launch takes a second, and the emulator of CUDA go through
+# these; the others are of the recipe, which is one for all backends, and are shown on the cpu backend.
 KERNEL_CHECKS = (
     gradcheck,
     runs_where_it_says,
@@ -312,7 +324,18 @@ RECIPE_CHECKS = (
     two_python_threads,
     bad_input,
 )
-CHECKS = KERNEL_CHECKS if INTERPRETED else KERNEL_CHECKS + RECIPE_CHECKS
+CHECKS = KERNEL_CHECKS if UNDER_TEST != "cpu" else KERNEL_CHECKS + RECIPE_CHECKS
+# Of an op that has a recipe on the cuda backend only; products of torch's are of a fixed number of threads, and the
+# op's own test has what it does under autocast.
+CUDA_CHECKS = KERNEL_CHECKS + (
+    reference_backend_is_the_reference,
+    export,
+    func_grad,
+    further_derivatives_raise,
+    compiled_transforms_are_right_or_raise,
+    checkpointed_with_create_graph,
+    two_python_threads,
+)
 
 
 def compare_with_reference(

@@ -1,20 +1,28 @@
-"""interpolation_head: a network in plain PyTorch before pair_interpolate, which runs on the backend asked for."""
+"""interpolation_head: the CUDA kernels against the reference, and what the op is on the other backends: a network in
+plain PyTorch before pair_interpolate, which runs on the backend asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import op_suite
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from op_subject import Subject, assert_same_bits, gradients, layouts
+
+from op_suite import kernels_only, plain_only
 
 from inti_kernels import backends, ops, reference
 from inti_kernels.testing import assert_close_three_way, three_way
 
 NETWORK = ("weight1", "bias1", "weight2", "bias2")
-SUBJECT = Subject("interpolation_head", ("features", "cube", "frame_context", "x", *NETWORK, "position"))
+ARGUMENTS = ("features", "cube", "frame_context", "x", *NETWORK, "position")
+SUBJECT = Subject("interpolation_head", ARGUMENTS, kept=2)
+CONTEXTS = ((), ("cube",), ("frame",), ("cube", "frame"))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 RECIPE = (
     op_suite.frozen_inputs_get_no_gradient,
@@ -32,28 +40,122 @@ def one_thread(threads: None) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("check", RECIPE, ids=lambda check: check.__name__)
-def test_recipe(check: Callable[[Subject], None]) -> None:
-    check(SUBJECT)
+@pytest.mark.parametrize(
+    "check", op_suite.CUDA_CHECKS if op_suite.EMULATED else RECIPE, ids=lambda check: check.__name__
+)
+def test_recipe(check: Callable[[Subject], None], kernels: str) -> None:
+    check(replace(SUBJECT, backend=kernels))
+
+
+@kernels_only
+@given(
+    batch=st.integers(1, 2),
+    frames=st.sampled_from((2, 4)),
+    # A GEMM's tile is 64 or 128 rows, which are token pairs of one frame or of all.
+    grid=st.one_of(st.tuples(st.integers(1, 7), st.integers(1, 7)), st.sampled_from(((8, 8), (9, 8), (13, 10)))),
+    dim=st.one_of(st.integers(2, 70), st.sampled_from((64, 96, 127, 128, 129, 136))),
+    hidden=st.one_of(st.integers(1, 70), st.sampled_from((63, 64, 65, 127, 128, 129, 136, 200))),
+    context=st.sampled_from(CONTEXTS),
+    prefix=st.sampled_from((0, 1, 5)),
+    dtype=st.sampled_from(DTYPES),
+    position=st.booleans(),
+    layout=st.sampled_from((None, "sequence first", "an offset and a wider row", "a slice of the tokens")),
+    seed=st.integers(0, 9),
+)
+def test_kernels_match_reference(kernels: str, **sizes: object) -> None:
+    op_suite.compare_with_reference(replace(SUBJECT, backend=kernels), kernels, **sizes)
+
+
+@kernels_only
+@pytest.mark.parametrize("context", CONTEXTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_tiles_each_way(kernels: str, dtype: torch.dtype, context: tuple[str, ...]) -> None:
+    """Features of another width than the context, so that the seam between the two lies inside a tile."""
+    inputs, _ = SUBJECT.case(dtype, dim=40, hidden=264, grid=(9, 8), context=context)
+    width, h = 24, 264
+    inner = width + (40 if context else 0)
+    inputs["features"] = inputs["features"][..., :width].contiguous()
+    inputs["weight1"] = (torch.randn(h, inner) * inner**-0.5).to(dtype)
+    assert_close_three_way(three_way(SUBJECT.name, inputs, {}, backend=kernels, draws=2))
+
+
+@kernels_only
+@pytest.mark.parametrize("where", ["features", "frame_context", "x"])
+def test_nan_stays_nan(kernels: str, where: str) -> None:
+    inputs, kwargs = SUBJECT.case(dim=40)
+    inputs[where].view(-1)[45] = float("nan")
+    actual = ops.interpolation_head(**inputs, **kwargs, backend=kernels)
+    expected = reference.interpolation_head(**inputs, **kwargs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+    assert bool(actual[0].isnan().any())
+
+
+@kernels_only
+def test_float64_in_one_of_x_and_the_network(kernels: str) -> None:
+    for wide in ("x", "network"):
+        inputs, kwargs = SUBJECT.case()
+        for name in ("x",) if wide == "x" else ("features", "cube", "frame_context", *NETWORK):
+            inputs[name] = inputs[name].double()
+        assert_close_three_way(three_way(SUBJECT.name, inputs, kwargs, backend=kernels))
+
+
+@kernels_only
+def test_the_backward_works_without_what_the_forward_keeps(kernels: str) -> None:
+    """As a graph exported for inference, or a transform that wants_gradient doesn't see, leaves it."""
+    subject = replace(SUBJECT, backend=kernels)
+    args = list(subject.backward_args(SUBJECT.case(), torch.ones_like, [True] * 9, None))
+    expected = torch.ops.inti_kernels.interpolation_head_backward(*args)
+    args[-5:-3] = torch.empty(0), torch.empty(0)
+    assert_same_bits(torch.ops.inti_kernels.interpolation_head_backward(*args), expected)
+
+
+@kernels_only
+@pytest.mark.parametrize("context", CONTEXTS, ids=str)
+def test_inference_keeps_nothing(kernels: str, context: tuple[str, ...]) -> None:
+    inputs, _ = SUBJECT.case(context=context, hidden=9)
+    args = [inputs[name] for name in ARGUMENTS]
+    full = torch.ops.inti_kernels.interpolation_head(*args, True, kernels)
+    lean = torch.ops.inti_kernels.interpolation_head(*args, False, kernels)
+    assert_same_bits(lean[:2], full[:2])
+    assert [out.numel() for out in lean[2:]] == [0, 0]
+    assert [tuple(out.shape) for out in full[2:]] == [(2, 2, 7), (2, 2, 7, 9)]
+
+
+def test_inside_the_op_the_reference_has_gradients_too() -> None:
+    """What an exported graph that says "auto" runs where no kernel can."""
+    plain, needs = replace(SUBJECT, backend="reference"), [True] * 9
+    case = plain.case()
+    leaves = [value.clone().requires_grad_() for value in case.inputs.values()]
+    outputs = ops.interpolation_head(*leaves, backend="reference")
+    fresh = torch.ops.inti_kernels.interpolation_head_backward(*plain.backward_args(case, torch.ones_like, needs, None))
+    expected = torch.autograd.grad([out.sum() for out in outputs], leaves)
+    torch.testing.assert_close(tuple(fresh), expected)
+    buffer = torch.ones_like(case.inputs["x"])
+    plain.backward(case, needs, buffer, seed=1)
+    torch.testing.assert_close(buffer, plain.backward(case, needs, seed=1)[3] + 1)
 
 
 @pytest.mark.parametrize("position", [True, False])
-@pytest.mark.parametrize("context", [(), ("cube",), ("frame",), ("cube", "frame")], ids=str)
+@pytest.mark.parametrize("context", CONTEXTS, ids=str)
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_reference(dtype: torch.dtype, prefix: int, context: tuple[str, ...], position: bool) -> None:
+def test_matches_reference(
+    dtype: torch.dtype, prefix: int, context: tuple[str, ...], position: bool, kernels: str
+) -> None:
     case = SUBJECT.case(dtype, dim=6, hidden=9, prefix=prefix, context=context, position=position)
-    assert_close_three_way(three_way("interpolation_head", *case, backend="cpu"))
+    assert_close_three_way(three_way("interpolation_head", *case, backend=kernels))
 
 
-def test_any_strides() -> None:
+def test_any_strides(kernels: str) -> None:
     inputs, kwargs = SUBJECT.case()
     for name in ("x", "features", "cube"):
         for layout, value in layouts(inputs[name]).items():
             if (name, layout) != ("x", "channels not contiguous"):  # for which pair_interpolate has a note
-                assert_close_three_way(three_way(SUBJECT.name, {**inputs, name: value}, kwargs, backend="cpu"))
+                assert_close_three_way(three_way(SUBJECT.name, {**inputs, name: value}, kwargs, backend=kernels))
 
 
+@plain_only
 @pytest.mark.parametrize(("backend", "ran"), [("cpu", "cpu"), ("auto", "cpu"), ("reference", "reference")])
 def test_every_backend_agrees_and_is_counted(backend: str, ran: str) -> None:
     inputs, kwargs = SUBJECT.case()
@@ -66,14 +168,15 @@ def test_every_backend_agrees_and_is_counted(backend: str, ran: str) -> None:
         assert_same_bits(actual, expected)
 
 
-def test_x_and_position_of_other_dtypes_than_the_network() -> None:
+def test_x_and_position_of_other_dtypes_than_the_network(kernels: str) -> None:
     inputs, _ = SUBJECT.case()
     inputs |= {"x": inputs["x"].bfloat16(), "position": inputs["position"].half()}
-    z, weights = ops.interpolation_head(**inputs)
+    z, weights = ops.interpolation_head(**inputs, backend=kernels)
     assert (z.dtype, weights.dtype) == (torch.bfloat16, torch.float32)
-    assert_close_three_way(three_way("interpolation_head", inputs, {}, backend="cpu"))
+    assert_close_three_way(three_way("interpolation_head", inputs, {}, backend=kernels))
 
 
+@plain_only
 def test_derivatives() -> None:
     leaves, run = SUBJECT.leaves(torch.float64, batch=1, frames=2, grid=(1, 1), dim=2)
     assert torch.autograd.gradcheck(run, leaves)
@@ -84,21 +187,21 @@ def test_derivatives() -> None:
 
 
 @pytest.mark.parametrize("context", [(), ("frame",), ("cube", "frame")], ids=str)
-def test_compile_in_training_has_no_graph_break(context: tuple[str, ...]) -> None:
+def test_compile_in_training_has_no_graph_break(context: tuple[str, ...], kernels: str) -> None:
     inputs, kwargs = SUBJECT.case(context=context)
     leaves = {name: value.requires_grad_() for name, value in inputs.items() if value is not None}
 
     def run(*values: torch.Tensor) -> Any:
-        return ops.interpolation_head(**{**inputs, **dict(zip(leaves, values, strict=True))}, **kwargs, backend="cpu")
+        return ops.interpolation_head(**{**inputs, **dict(zip(leaves, values, strict=True))}, **kwargs, backend=kernels)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled, [*leaves.values()]), gradients(run, [*leaves.values()]))
 
 
-def test_autocast() -> None:
+def test_autocast(kernels: str) -> None:
     """The Linears run in autocast's dtype, which the weights then have; z keeps x's."""
-    leaves, run = SUBJECT.leaves()
+    leaves, run = replace(SUBJECT, backend=kernels).leaves()
     exact = gradients(run, leaves)
     with torch.autocast("cpu", torch.bfloat16):
         (z, weights), grads = run(*leaves), gradients(run, leaves)
@@ -110,7 +213,7 @@ def test_autocast() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0.05 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [op_suite.UNDER_TEST, "reference"])
 def test_no_clips(backend: str) -> None:
     inputs, kwargs = SUBJECT.case()
     clips = {n: inputs[n][:0].requires_grad_() for n in ("features", "cube", "frame_context", "x")}
@@ -121,6 +224,7 @@ def test_no_clips(backend: str) -> None:
     assert [gradient.shape for gradient in gradients] == [clip.shape for clip in clips.values()]
 
 
+@plain_only
 def test_bad_input() -> None:
     inputs, kwargs = SUBJECT.case()
 

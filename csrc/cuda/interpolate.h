@@ -86,26 +86,30 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 8)
   if (position) position += 2 * at.pair * p.dim;
 
   const int64_t first = static_cast<int64_t>(at.tile) * (kForwardTokens * kInterpolateWarps) + warp;
+  if (first >= p.tokens) return;
   W alpha[kForwardTokens], beta[kForwardTokens];
+  bool live[kForwardTokens];
+  const T* from[kForwardTokens];
+  T* to[kForwardTokens];
 #pragma unroll
   for (int i = 0; i < kForwardTokens; ++i) {
-    const int64_t token = first + i * kInterpolateWarps;
-    if (token >= p.tokens) break;
+    // A token that isn't there stands for the warp's first: loads need no branch then, only the store does.
+    live[i] = first + i * kInterpolateWarps < p.tokens;
+    const int64_t token = live[i] ? first + i * kInterpolateWarps : first;
     const auto weights = source.weights(at.row * p.tokens + token);
-    if (lane == 0) source.store_weights(at.row * p.tokens + token, weights);
+    if (lane == 0 && live[i]) source.store_weights(at.row * p.tokens + token, weights);
     alpha[i] = static_cast<W>(weights.first);
     beta[i] = static_cast<W>(weights.second);
+    from[i] = x + token * p.x_strides.token;
+    to[i] = z + token * p.dim;
   }
 
   for (int64_t channel = lane * V; channel < p.dim; channel += 32 * V) {
     Vec<T, V> even[kForwardTokens], odd[kForwardTokens];  // [V] of each token
 #pragma unroll
     for (int i = 0; i < kForwardTokens; ++i) {
-      const int64_t token = first + i * kInterpolateWarps;
-      if (token >= p.tokens) break;
-      const T* from = x + token * p.x_strides.token + channel;
-      even[i] = load<V>(from);
-      odd[i] = load<V>(from + p.x_strides.frame);
+      even[i] = load<V>(from[i] + channel);
+      odd[i] = load<V>(from[i] + p.x_strides.frame + channel);
     }
     Vec<W, V> even_position{}, odd_position{};
     if (position) {
@@ -114,13 +118,12 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 8)
     }
 #pragma unroll
     for (int i = 0; i < kForwardTokens; ++i) {
-      const int64_t token = first + i * kInterpolateWarps;
-      if (token >= p.tokens) break;
       const auto a = widen(even[i]), b = widen(odd[i]);
       Vec<W, V> sum;
 #pragma unroll
-      for (int k = 0; k < V; ++k) sum[k] = alpha[i] * (a[k] + even_position[k]) + beta[i] * (b[k] + odd_position[k]);
-      store(z + token * p.dim + channel, narrow<T>(sum));
+      for (int k = 0; k < V; ++k)
+        sum[k] = alpha[i] * (a[k] + even_position[k]) + beta[i] * (b[k] + odd_position[k]);
+      if (live[i]) store(to[i] + channel, narrow<T>(sum));
     }
   }
 }
@@ -155,15 +158,17 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
   if (last > p.tokens) last = p.tokens;
   S alpha[kBackwardTokens], beta[kBackwardTokens];
   W sums[kBackwardTokens];
+  bool live[kBackwardTokens];
+  int64_t tokens[kBackwardTokens];
 #pragma unroll
   for (int i = 0; i < kBackwardTokens; ++i) {
+    // A token that isn't there stands for the tile's last, with weights of zero: it adds nothing to the position's sums.
+    live[i] = first + i * kInterpolateWarps < last;
+    tokens[i] = live[i] ? first + i * kInterpolateWarps : last - 1;
+    const auto weights = source.weights(at.row * p.tokens + tokens[i]);
+    alpha[i] = live[i] ? weights.first : 0;
+    beta[i] = live[i] ? weights.second : 0;
     sums[i] = 0;
-    alpha[i] = beta[i] = 0;  // a token that isn't there adds nothing to the position's sums
-    const int64_t token = first + i * kInterpolateWarps;
-    if (token >= last) break;
-    const auto weights = source.weights(at.row * p.tokens + token);
-    alpha[i] = weights.first;
-    beta[i] = weights.second;
   }
 
   const bool wants_x = source.wants_gradient();
@@ -173,33 +178,32 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
     const int64_t channel = base + lane * V;
     Vec<W, V> even_sum{}, odd_sum{};  // [V]: the position's, of this warp's tokens
     if (channel < p.dim) {
-      Vec<T, V> grad[kBackwardTokens]{}, even[kBackwardTokens], odd[kBackwardTokens];
+      Vec<T, V> grad[kBackwardTokens], even[kBackwardTokens], odd[kBackwardTokens];
 #pragma unroll
-      for (int i = 0; i < kBackwardTokens; ++i) {
-        const int64_t token = first + i * kInterpolateWarps;
-        if (token >= last) break;
-        grad[i] = load<V>(grad_z + token * p.grad_z_strides.token + channel);
-        if (!wants_x) continue;
-        const T* from = x + token * p.x_strides.token + channel;
-        even[i] = load<V>(from);
-        odd[i] = load<V>(from + p.x_strides.frame);
-      }
-      Vec<W, V> between{};  // position of the even frame less that of the odd one
-      if (position && wants_x) {
-        const auto a = load_position<T, V>(position + channel), b = load_position<T, V>(position + p.dim + channel);
+      for (int i = 0; i < kBackwardTokens; ++i) grad[i] = load<V>(grad_z + tokens[i] * p.grad_z_strides.token + channel);
+      if (wants_x) {
+        Vec<W, V> between{};  // position of the even frame less that of the odd one
+        if (position) {
+          const auto a = load_position<T, V>(position + channel), b = load_position<T, V>(position + p.dim + channel);
 #pragma unroll
-        for (int k = 0; k < V; ++k) between[k] = a[k] - b[k];
-      }
+          for (int k = 0; k < V; ++k) between[k] = a[k] - b[k];
+        }
 #pragma unroll
-      for (int i = 0; i < kBackwardTokens; ++i) {
-        const int64_t token = first + i * kInterpolateWarps;
-        if (token >= last) break;
-        const auto g = widen(grad[i]);
-        if (wants_x) {
-          const auto a = widen(even[i]), b = widen(odd[i]);
+        for (int i = 0; i < kBackwardTokens; ++i) {
+          const T* from = x + tokens[i] * p.x_strides.token + channel;
+          even[i] = load<V>(from);
+          odd[i] = load<V>(from + p.x_strides.frame);
+        }
+#pragma unroll
+        for (int i = 0; i < kBackwardTokens; ++i) {
+          const auto g = widen(grad[i]), a = widen(even[i]), b = widen(odd[i]);
 #pragma unroll
           for (int k = 0; k < V; ++k) sums[i] += g[k] * ((a[k] - b[k]) + between[k]);
         }
+      }
+#pragma unroll
+      for (int i = 0; i < kBackwardTokens; ++i) {
+        const auto g = widen(grad[i]);
         const W of_even = static_cast<W>(alpha[i]), of_odd = static_cast<W>(beta[i]);
         Vec<W, V> even_grad, odd_grad;
 #pragma unroll
@@ -209,8 +213,8 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
           even_sum[k] += even_grad[k];
           odd_sum[k] += odd_grad[k];
         }
-        if (grad_x) {
-          T* to = grad_x + token * p.dim + channel;
+        if (grad_x && live[i]) {
+          T* to = grad_x + tokens[i] * p.dim + channel;
           T* behind = to + p.tokens * p.dim;
           if (p.accumulate) {
             const auto old_even = widen(load<V>(to)), old_odd = widen(load<V>(behind));
@@ -258,13 +262,11 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
   if (!wants_x) return;
 #pragma unroll
   for (int i = 0; i < kBackwardTokens; ++i) {
-    const int64_t token = first + i * kInterpolateWarps;
-    if (token >= last) break;
     W sum = sums[i];
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (lane == 0) {
-      const int64_t pair = at.row * p.tokens + token;
+    if (lane == 0 && live[i]) {
+      const int64_t pair = at.row * p.tokens + tokens[i];
       source.store_gradient(pair, alpha[i] * beta[i] * (static_cast<S>(sum) + source.grad_difference(pair)));
     }
   }

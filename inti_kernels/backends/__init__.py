@@ -14,23 +14,26 @@ import warnings
 from collections import Counter
 from importlib import import_module
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Backends with a kernel of their own, op by op, best first. An op with none is plain PyTorch whatever is chosen.
+# Backends with a kernel of their own, op by op, best first. On the others an op is plain PyTorch.
 HAS_KERNEL: dict[str, tuple[str, ...]] = {
-    "pair_interpolate": ("cpu", "triton"),
-    "depthwise_conv3d": ("cpu", "triton"),
-    "token_features": (),
-    "interpolation_head": (),
+    "pair_interpolate": ("cpu", "triton", "cuda"),
+    "depthwise_conv3d": ("cpu", "triton", "cuda"),
+    "token_features": ("cuda",),
+    "interpolation_head": ("cuda",),
 }
+# What the CUDA kernels are tuned for; from 8.0 on Triton's compiler knows more of the GPU than they do.
+TRITON_FIRST = (8, 0)
 
 # (op or op_backward, backend) -> how often that implementation ran. This says what really executed, `auto` or not.
 executed: Counter[tuple[str, str]] = Counter()
 
-_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton.{op}"}
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton.{op}", "cuda": "cuda.{op}"}
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _active = os.environ.get("INTI_BACKEND") or "auto"
 _noted: set[str] = set()
@@ -45,7 +48,7 @@ class use_backend:
     The choice is the process's: ``with`` blocks that overlap in two threads see each other's.
 
     Args:
-        name: "auto", "reference", "cpu" or "triton".
+        name: "auto", "reference", "cpu", "triton" or "cuda".
 
     Raises:
         ValueError: there is no such backend.
@@ -94,7 +97,40 @@ def resolve(op: str, backend: str | None, x: torch.Tensor) -> str:
     backend = requested(backend)
     if backend != "auto" or torch.compiler.is_compiling() or x.is_meta:
         return backend
-    return "reference" if _first_that_can(op, HAS_KERNEL[op], x) == "reference" else "auto"
+    return "reference" if _first_that_can(op, _in_order(op, x.device), x) == "reference" else "auto"
+
+
+def resolve_or_plain(op: str, backend: str | None, x: torch.Tensor) -> str:
+    """As :func:`resolve`, for an op that is a plain PyTorch expression where a backend has no kernel for it:
+    "reference" then, counted here. An explicit backend must still be one that can run.
+
+    What `auto` takes is settled at once, in traced code too: tracing sees into the expression, and compiles it.
+    """
+    if runs_kernel(op, backend, x):
+        backend = requested(backend)
+        return _auto(op, x.device, x.dtype) if backend == "auto" else backend
+    if (asked := requested(backend)) not in ("auto", "reference") and not torch.compiler.is_compiling():
+        _explicit(op, asked, x)
+    count_reference(op)
+    return "reference"
+
+
+def runs_kernel(op: str, backend: str | None, x: torch.Tensor) -> bool:
+    """Whether an op asked for on a backend would be a kernel, and not the reference, for tokens like x."""
+    backend = requested(backend)
+    if backend == "auto":
+        return not x.is_meta and _auto(op, x.device, x.dtype) != "reference"
+    return backend in HAS_KERNEL[op]
+
+
+def _auto(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` takes for tokens of a device and dtype, where plain PyTorch is no fallback but as good as any: said
+    where a kernel was to be expected, on a GPU."""
+    return _first_that_can(op, _in_order(op, device), _Like(device, dtype)) if device.type == "cuda" else "reference"
+
+
+# What torch.compiler.assume_constant_result does, less its import of all of Dynamo.
+_auto._dynamo_marked_constant = True
 
 
 def why_not(
@@ -124,6 +160,10 @@ def why_not(
         from . import triton
 
         return triton.why_not(device, dtype)
+    if backend == "cuda":
+        from . import cuda
+
+        return cuda.why_not(device, dtype)
     from . import native
 
     reasons = []
@@ -148,12 +188,27 @@ def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "
         RuntimeError: the backend was chosen explicitly and can't run; the message lists the reasons, and those of the
             other backends.
     """
-    chosen = _first_that_can(op, HAS_KERNEL[op], x) if backend == "auto" else _explicit(op, backend, x)
+    chosen = _first_that_can(op, _in_order(op, x.device), x) if backend == "auto" else _explicit(op, backend, x)
     _count(op if direction == "forward" else f"{op}_backward", chosen)
     return import_module(f"{__name__}.{_MODULES[chosen].format(op=op)}")
 
 
-def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> str:
+class _Like(NamedTuple):
+    """What there is to know of tokens for the choice of a backend."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _in_order(op: str, device: torch.device) -> tuple[str, ...]:
+    """The backends with a kernel for an op, the one to prefer on the device first."""
+    names = HAS_KERNEL[op]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= TRITON_FIRST:
+        return names
+    return tuple(sorted(names, key=lambda name: name != "cuda"))
+
+
+def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor | _Like) -> str:
     key = (candidates, x.device, x.dtype)
     if key in _usable:
         return _usable[key]
@@ -162,6 +217,8 @@ def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> st
         reasons[name] = why_not(name, op, device=x.device, dtype=x.dtype)
         if name == "triton" and x.device.type == "cpu" and not reasons[name]:
             reasons[name] = ["Triton's interpreter is for tests, and runs where it is asked for only."]
+        if name == "cuda" and x.device.type == "cpu" and not reasons[name]:
+            reasons[name] = ["the emulator of CUDA is for tests, and runs where it is asked for only."]
         if not reasons[name]:
             _usable[key] = name
             return name
@@ -204,11 +261,3 @@ def count_reference(op: str) -> None:
     """Counts the reference where it runs outside :func:`implementation`. Traced code may not count."""
     if not torch.compiler.is_compiling():
         _count(op, "reference")
-
-
-def without_kernel(op: str, backend: str | None, x: torch.Tensor) -> None:
-    """For an op that is plain PyTorch on every backend: an explicit backend must still be one that can run here."""
-    backend = requested(backend)
-    if backend not in ("auto", "reference") and not torch.compiler.is_compiling():
-        _explicit(op, backend, x)
-    count_reference(op)

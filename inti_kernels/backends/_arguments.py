@@ -27,6 +27,17 @@ def expect(x: Tensor, *pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
             raise ValueError(f"expected {shape} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}")
 
 
+def expect_one_dtype(x: Tensor, *others: Tensor | None) -> None:
+    """`expect` for what the kernels read as numbers of one dtype.
+
+    Raises:
+        ValueError: another dtype than x's.
+    """
+    for tensor in others:
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"expected {x.dtype}, got {tensor.dtype}")
+
+
 def expect_convolution(
     x: Tensor,
     weight: Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference import functional
+from ._arguments import wide_dtype
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -65,6 +66,68 @@ def depthwise_conv3d_backward(
         )
 
     return _accumulated(_gradients(forward, (x, weight, bias, position), grad_y, needs), grad_x_accumulate)
+
+
+def token_features_forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    features = functional.token_features(x, norm_weight, norm_bias, weight, bias, position, eps=eps)
+    batch, frames, tokens, _ = x.shape
+    # Nothing of this is needed by the backward below; the shapes are those of the op.
+    kept = (batch, frames, tokens) if keep else (0,)
+    statistics = x.new_zeros((*kept, 2) if keep else kept, dtype=wide_dtype(x))
+    return features.contiguous(), statistics, x.new_zeros((*kept, weight.shape[0]) if keep else kept)
+
+
+def token_features_backward(
+    grad_features: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor | None,
+    eps: float,
+    statistics: Tensor,
+    preactivation: Tensor,
+    needs: Sequence[bool],
+    grad_x_accumulate: Tensor | None,
+) -> Gradients:
+    def forward(*inputs: Tensor | None) -> Tensor:
+        return functional.token_features(*inputs, eps=eps)
+
+    inputs = (x, norm_weight, norm_bias, weight, bias, position)
+    return _accumulated(_gradients(forward, inputs, grad_features, needs), grad_x_accumulate)
+
+
+def interpolation_head_forward(*inputs_and_keep: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, keep = inputs_and_keep
+    z, weights = functional.interpolation_head(*inputs)
+    features, weight1 = inputs[0], inputs[4]
+    pairs = features.shape[:3]
+    difference = features.new_zeros(pairs if keep else (0,), dtype=wide_dtype(features))
+    preactivation = features.new_zeros((*pairs, weight1.shape[0]) if keep else (0,))
+    return z.contiguous(), weights.contiguous(), difference, preactivation
+
+
+def interpolation_head_backward(
+    grad_z: Tensor,
+    grad_weights: Tensor,
+    *inputs_and_kept: Any,
+) -> Gradients:
+    *inputs, _, _, needs, grad_x_accumulate = inputs_and_kept
+    grads = _gradients(functional.interpolation_head, inputs, (grad_z, grad_weights), needs)
+    if grad_x_accumulate is None or grads[3] is None:
+        return grads
+    grad_x_accumulate += grads[3]
+    return (*grads[:3], None, *grads[4:])
 
 
 def _gradients(

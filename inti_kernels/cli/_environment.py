@@ -12,13 +12,14 @@ import torch
 
 from .. import backends, ops
 from .._version import __version__
-from ..backends import native, triton
+from ..backends import cuda, native, triton
 
 # Every variable that changes what this package does when it runs, and what it is for.
 VARIABLES = {
     "INTI_BACKEND": "backend to start with: auto (default) or a name; a name never falls back",
     "INTI_CPU": "instruction set of the cpu backend: baseline, avx2 or avx512 (default: the best that runs here)",
     "INTI_NATIVE_LIBRARY": "file to load as the compiled module instead of the installed one",
+    "INTI_CUDA_LIBRARY": "file to load as the module of the CUDA kernels: an instrumented build, or the emulator",
     "INTI_AUTOTUNE": "1 tunes the launch settings of Triton kernels on the first launch of each size",
     "TRITON_INTERPRET": "1 runs Triton kernels on the CPU, in Triton's interpreter, for tests; read when Python starts",
     "OMP_NUM_THREADS": "threads that torch starts with, which the cpu backend follows",
@@ -50,6 +51,14 @@ def build() -> dict[str, Any]:
     """What the compiled module was built from and how; {"missing": why} if there is none that loads."""
     reasons = native.why_not_native()
     return {"missing": reasons} if reasons else dict(native.build_info())
+
+
+def cuda_build() -> dict[str, Any]:
+    """What the module of the CUDA kernels was built from and how; {"missing": why} if there is none that loads."""
+    try:
+        return cuda.build_info()
+    except RuntimeError as error:
+        return {"missing": [str(error)]}
 
 
 def cpu() -> dict[str, Any]:
@@ -140,7 +149,7 @@ def op_states(device: str = "cpu") -> dict[str, dict[str, list[str]]]:
             if backend == "reference" or backend in backends.HAS_KERNEL[op]:
                 states[op][backend] = backends.why_not(backend, op, device=device)
             else:
-                states[op][backend] = ["no kernel of its own yet: plain PyTorch runs in its place"]
+                states[op][backend] = ["no kernel of its own: plain PyTorch runs in its place"]
     return states
 
 
@@ -148,16 +157,36 @@ def op_states(device: str = "cpu") -> dict[str, dict[str, list[str]]]:
 GPUS = {(7, 0): "V100", (7, 5): "T4, RTX 20", (8, 0): "A100", (8, 6): "RTX 30", (9, 0): "H100"}
 
 
-def triton_by_gpu() -> list[dict[str, Any]]:
-    """What the triton backend does on GPUs of each kind, this machine's own included: by capability, so that it can be
-    read before one is bought."""
+def _kinds_of_gpu() -> list[tuple[tuple[int, int], str]]:
+    """GPUS, this machine's own included: by capability, so that it can be read before one is bought."""
     kinds = dict(GPUS)
     for device in devices():
         if "capability" in device:
             major, minor = map(int, device["capability"].split("."))
             kinds[major, minor] = f"{device['name']} ({device['device']})"
+    return sorted(kinds.items())
+
+
+def cuda_by_gpu() -> list[dict[str, Any]]:
+    """On which kinds of GPU the CUDA kernels run, as their module was built; nothing if it wasn't, or is the
+    emulator."""
+    build = cuda_build()
+    if "missing" in build or build["emulated"]:
+        return []
+    return [
+        {
+            "capability": "{}.{}".format(*capability),
+            "name": name,
+            "why_not": cuda.why_not_by_capability(capability, build["cuda_archs"]),
+        }
+        for capability, name in _kinds_of_gpu()
+    ]
+
+
+def triton_by_gpu() -> list[dict[str, Any]]:
+    """What the triton backend does on GPUs of each kind."""
     rows = []
-    for capability, name in sorted(kinds.items()):
+    for capability, name in _kinds_of_gpu():
         dtypes = {
             str(dtype).removeprefix("torch."): triton.why_not_by_capability(capability, dtype)
             for dtype in triton.DTYPES

@@ -1,14 +1,15 @@
-"""How many bytes the Triton kernels move, from the addresses that they really touch in Triton's interpreter.
+"""How many bytes the Triton and CUDA kernels move, from the addresses that they really touch without a GPU: in Triton's
+interpreter, and in the emulator of CUDA.
 
 Traffic is counted in sectors of 32 bytes, what a GPU reads and writes memory by:
 
-* ``traffic``: each program's distinct sectors, read and written, summed over the programs, over the least possible
-  bytes, every input read once and every output written once. No cache is assumed but the program's own.
+* ``traffic``: each program's (of CUDA, each block's) distinct sectors, read and written, summed over the programs, over
+  the least possible bytes, every input read once and every output written once. No cache is assumed but the program's.
 * ``through_l2``: what reaches memory behind an L2 of 6 MiB (V100's), kept by least recent use, the programs one after
   the other in launch order, over the same least bytes.
 
-Needs no GPU and says nothing of time. `bench` prints the figures beside times of the triton backend; `count` runs
-in a process of its own, for TRITON_INTERPRET is read when a kernel is defined:
+Says nothing of time. `bench` prints the figures beside times of the triton backend; for them `count` runs in a process
+of its own, since TRITON_INTERPRET is read when a kernel is defined:
 
     TRITON_INTERPRET=1 python -m inti_kernels.cli._traffic '{"op": "depthwise_conv3d", "dtype": "float16"}'
 """
@@ -23,14 +24,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..ops.depthwise_conv3d import CASES
 from ..testing import op_cases
 
+MEMORY_BOUND = ("pair_interpolate", "depthwise_conv3d")  # the ops whose traffic says how fast they can be
 SECTOR = 32
 L2_BYTES = 6 << 20
 SIZES: dict[str, Any] = {"dim": 768, "frames": 16, "grid": (14, 14), "batch": 1, "prefix": 1}
@@ -43,7 +47,7 @@ class Traffic:
     op: str
     case: str
     stage: str
-    programs: int  # of the kernel that reads the tokens
+    programs: int  # or blocks, of the kernel that reads the tokens
     traffic: float
     through_l2: float
 
@@ -76,19 +80,23 @@ class Launched:
     programs: list[Program]
 
 
-def count(op: str, dtype: torch.dtype, *, every: bool = False, **sizes: Any) -> list[Traffic]:
-    """The traffic of every pass of an op; in a process with TRITON_INTERPRET=1.
+def count(op: str, dtype: torch.dtype, *, backend: str = "triton", every: bool = False, **sizes: Any) -> list[Traffic]:
+    """The traffic of every pass of an op.
 
     Args:
         op: pair_interpolate or depthwise_conv3d.
         dtype: of every tensor.
-        every: run every program. By default, where blocks of channels do the same at other channels, only the first
-            and the last of them run; that the last does what the first does is checked, not assumed.
+        backend: "triton", in a process with TRITON_INTERPRET=1, or "cuda", where INTI_CUDA_LIBRARY names the emulator.
+        every: run every program. By default, where blocks of channels of a Triton kernel do the same at other channels,
+            only the first and the last of them run; that the last does what the first does is checked, not assumed.
         **sizes: dim, frames, grid, batch, prefix, where they aren't those of SIZES.
+
+    Raises:
+        RuntimeError: the emulator isn't there.
     """
     rows = []
-    for case, stage, least, call in _stages(op, dtype, {**SIZES, **sizes}):
-        with recorded(every) as launches:
+    for case, stage, least, call in _stages(op, dtype, {**SIZES, **sizes}, backend):
+        with recorded(every) if backend == "triton" else emulated() as launches:
             call()
         total = sum(len(p.read) + len(p.written) for launch in launches for p in launch.programs) * SECTOR
         behind = through_l2(launches) * SECTOR
@@ -141,10 +149,10 @@ def through_l2(launches: Sequence[Launched], capacity: int = L2_BYTES // SECTOR)
 
 
 def _stages(
-    op: str, dtype: torch.dtype, sizes: Mapping[str, Any]
+    op: str, dtype: torch.dtype, sizes: Mapping[str, Any], backend: str
 ) -> Iterator[tuple[str, str, int, Callable[[], object]]]:
     """(case, stage, least bytes, call) of every pass."""
-    from ..backends.triton import depthwise_conv3d, pair_interpolate
+    kernels = import_module(f"{backends.__name__}.{backend}.{op}")
 
     def least(*tensors: Tensor) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -154,11 +162,11 @@ def _stages(
         z, both, needs = x[:, ::2].contiguous(), 2 * least(x, logits, position), (True,) * 3
         yield (
             "", "forward", least(x, logits, position, z, logits),
-            lambda: pair_interpolate.pair_interpolate_forward(x, logits, position),
+            lambda: kernels.pair_interpolate_forward(x, logits, position),
         )  # fmt: skip
         yield (
             "", "backward", least(z, logits) + both,
-            lambda: pair_interpolate.pair_interpolate_backward(z, logits, x, logits, position, needs, None),
+            lambda: kernels.pair_interpolate_backward(z, logits, x, logits, position, needs, None),
         )  # fmt: skip
         return
     for kernel, stride in CASES:
@@ -168,16 +176,41 @@ def _stages(
         case, y = f"{'×'.join(map(str, kernel))} / {stride}", x[:, ::stride].clone()
 
         def backward(*needs: bool, y: Tensor = y, arguments: tuple[Any, ...] = arguments) -> Callable[[], object]:
-            return lambda: depthwise_conv3d.depthwise_conv3d_backward(y, *arguments, needs, None)
+            return lambda: kernels.depthwise_conv3d_backward(y, *arguments, needs, None)
 
         yield (
             case, "forward", least(x, weight, bias, position, y),
-            lambda arguments=arguments: depthwise_conv3d.depthwise_conv3d_forward(*arguments),
+            lambda arguments=arguments: kernels.depthwise_conv3d_forward(*arguments),
         )  # fmt: skip
         yield case, "backward to x, position", least(y, weight, x, position), backward(True, False, False, True)
         yield (
             case, "backward to weight, bias", least(x, y, position, weight, bias), backward(False, True, True, False),
         )  # fmt: skip
+
+
+@contextmanager
+def emulated() -> Iterator[list[Launched]]:
+    """Records what the CUDA kernels touch that are launched inside the block."""
+    from ..backends import cuda
+
+    if not cuda.emulated():
+        raise RuntimeError(
+            "the traffic of the CUDA kernels is counted by the emulator: build it (cmake -B build/emulator "
+            "-DINTI_EMULATOR=ON) and let INTI_CUDA_LIBRARY name the file"
+        )
+    module, launches = cuda.load(), []
+    module.start_recording()
+    try:
+        yield launches
+    finally:
+        for launch in module.stop_recording():
+            programs = []
+            for sectors, written in launch["traffic"]:
+                program = Program()
+                for sector, write in zip(memoryview(sectors).cast("Q"), written, strict=True):
+                    (program.written if write else program.read)[sector] = None
+                programs.append(program)
+            launches.append(Launched(launch["kernel"], programs))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from . import _environment
 from ._contest import contest, ticks
 from ._stopwatch import COMPILE, EAGER, FLOOR, FUSED, Task, TimingFailed
 from ._tables import Progress, kibibytes, print_table
-from ._traffic import count_elsewhere
+from ._traffic import MEMORY_BOUND, count, count_elsewhere
 
 if TYPE_CHECKING:
     from ..benchmarks import Sizes
@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--traffic",
         action="store_true",
         help="time nothing: count the bytes that the Triton kernels move at these sizes, in its interpreter (needs "
-        "no GPU; printed beside the times of the triton backend anyway)",
+        "no GPU; printed beside the times of the triton backend anyway); with --backend cuda, those of the CUDA "
+        "kernels, in the emulator that INTI_CUDA_LIBRARY names",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to a new file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the medians into a new file, such as bench.png")
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     names = OPS if args.op == "all" else (args.op,)
     facts = {**_environment.summary(device), "heap": args.heap, "dtype": args.dtype, **vars(sizes)}
     if args.traffic:
-        return _only_traffic(names, sizes, dtype, args.json, facts)
+        return _only_traffic(names, sizes, dtype, args.json, facts, "cuda" if args.backend == "cuda" else "triton")
     tasks = [_task(name, sizes, args) for name in names]
     rows: list[dict[str, Any]] = []
     with Progress(sum(map(ticks, tasks))) as progress:
@@ -119,43 +120,48 @@ def run(args: argparse.Namespace) -> int:
         plot(rows, args.plot, title)
     if in_triton:
         # Last, and of one clip: in the interpreter a large batch takes as long as it is large.
-        _only_traffic(in_triton, replace(sizes, batch=1), dtype, None, {**facts, "batch": 1})
+        _only_traffic(in_triton, replace(sizes, batch=1), dtype, None, {**facts, "batch": 1}, "triton")
     return int(any(row["status"] == "FAIL" and row["contender"] == FUSED for row in rows))
 
 
 def _only_traffic(
-    names: Sequence[str], sizes: Sizes, dtype: torch.dtype, path: Path | None, facts: dict[str, Any]
+    names: Sequence[str], sizes: Sizes, dtype: torch.dtype, path: Path | None, facts: dict[str, Any], backend: str
 ) -> int:
     try:
-        traffic = _traffic_rows(names, sizes, dtype)
+        traffic = _traffic_rows(names, sizes, dtype, backend)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    _print_traffic(traffic, _title(facts))
+    _print_traffic(traffic, _title(facts), backend)
     if path:
         path.write_text(json.dumps({"traffic": traffic}, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 
-def _traffic_rows(names: Sequence[str], sizes: Sizes, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Of the ops that have Triton kernels; the module's are those of its ops."""
-    kernels = [op for op, names_of in backends.HAS_KERNEL.items() if "triton" in names_of]
-    wanted = [op for op in kernels if op in names or "inti" in names]
-    return [{**asdict(row), **vars(sizes)} for op in wanted for row in count_elsewhere(op, dtype, **vars(sizes))]
+def _traffic_rows(names: Sequence[str], sizes: Sizes, dtype: torch.dtype, backend: str) -> list[dict[str, Any]]:
+    """Of the ops that memory limits; the module's are those of its ops."""
+    wanted = [op for op in MEMORY_BOUND if op in names or "inti" in names]
+    if backend == "triton":
+        rows = [row for op in wanted for row in count_elsewhere(op, dtype, **vars(sizes))]
+    else:
+        rows = [row for op in wanted for row in count(op, dtype, backend=backend, **vars(sizes))]
+    return [{"backend": backend, **asdict(row), **vars(sizes)} for row in rows]
 
 
-def _print_traffic(rows: Sequence[dict[str, Any]], title: str) -> None:
-    columns = ("op", "pass", "programs", "traffic", "through 6 MiB L2")
+def _print_traffic(rows: Sequence[dict[str, Any]], title: str, backend: str) -> None:
+    unit = "programs" if backend == "triton" else "blocks"
+    columns = ("op", "pass", unit, "traffic", "through 6 MiB L2")
     cells = [
         (f"{r['op']} {r['case']}", r["stage"], str(r["programs"]), f"{r['traffic']:.2f}", f"{r['through_l2']:.2f}")
         for r in rows
     ]
-    print_table(
-        f"Bytes moved by the Triton kernels over the least possible, {title}", columns, cells, right=columns[2:]
-    )
-    print(
-        "Counted from the addresses that V100's launch settings touch in Triton's interpreter (benchmarks/README.md)."
-    )
+    kernels, where = {
+        "triton": ("Triton", "V100's launch settings touch in Triton's interpreter"),
+        "cuda": ("CUDA", "the kernels touch in the emulator"),
+    }[backend]
+    heading = f"Bytes moved by the {kernels} kernels over the least possible, {title}"
+    print_table(heading, columns, cells, right=columns[2:])
+    print(f"Counted from the addresses that {where} (benchmarks/README.md).")
 
 
 def _task(name: str, sizes: Sizes, args: argparse.Namespace) -> Task:

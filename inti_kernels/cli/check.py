@@ -33,7 +33,8 @@ AUTOCASTS = (torch.bfloat16, torch.float16)
 SIZES: dict[str, Any] = {"dim": 34, "frames": 8, "grid": (5, 3), "batch": 2}
 # Many tokens, so that every thread has work, and a width that fills vector registers.
 FULL: dict[str, Any] = {"dim": 192, "grid": (14, 14), "batch": 1}
-# Triton's interpreter takes a second for what a GPU does in microseconds: fewer rows, programs and draws.
+# Triton's interpreter takes a second for what a GPU does in microseconds, the emulator of CUDA not much less: fewer
+# rows, programs and draws.
 INTERPRETED: dict[str, Any] = {"dim": 32, "frames": 4, "grid": (3, 2), "batch": 1}
 INTERPRETED_FULL: dict[str, Any] = {"dim": 36, "frames": 2, "grid": (9, 8), "batch": 1}
 INTERPRETED_DRAWS = 8
@@ -142,7 +143,7 @@ def _jobs(backend: str, device: torch.device) -> Iterator[Job]:
 
 
 def _op_jobs(op: str, backend: str, device: torch.device) -> Iterator[Job]:
-    # The two that are products of torch so far: the reference runs, which one row says.
+    # Where the reference runs instead, one row says so.
     covered = backend in backends.HAS_KERNEL[op]
     interpreted = _interpreted(backend, device)
     sizes = INTERPRETED if interpreted else SIZES
@@ -158,7 +159,7 @@ def _op_jobs(op: str, backend: str, device: torch.device) -> Iterator[Job]:
 
 
 def _interpreted(backend: str, device: torch.device) -> bool:
-    return backend == "triton" and device.type == "cpu"
+    return backend in ("triton", "cuda") and device.type == "cpu"
 
 
 def _op_options(op: str, interpreted: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -172,6 +173,9 @@ def _op_options(op: str, interpreted: bool) -> Iterator[tuple[str, dict[str, Any
                 label = f"{'×'.join(map(str, kernel))} / {stride}, {label}"
             yield label, options
     yield "no position", {"position": False}
+    if op == "interpolation_head":
+        for context in ((), ("cube",), ("frame",)):
+            yield f"context {_label(context)}", {"context": context}
     full = INTERPRETED_FULL if interpreted else FULL
     yield f"{'×'.join(map(str, full['grid']))}, dim {full['dim']}", full
 
@@ -211,7 +215,9 @@ class _Gradcheck:
     fast: bool
 
     def __call__(self) -> list[testing.Comparison]:
-        case = testing.op_cases(self.op, dim=2, frames=4, grid=(2, 2), dtype=torch.float64)
+        # The LayerNorm of two channels has no gradient to speak of.
+        dim = 4 if self.op == "token_features" else 2
+        case = testing.op_cases(self.op, dim=dim, frames=4, grid=(2, 2), dtype=torch.float64)
         names = list(case.inputs)
 
         def call(*tensors: torch.Tensor) -> Any:

@@ -41,6 +41,7 @@ def collect() -> dict[str, Any]:
             kind: {"backends": _environment.backend_states(kind), "ops": _environment.op_states(kind)}
             for kind in sorted({device["device"].split(":")[0] for device in _environment.devices()})
         },
+        "cuda": {"build": _environment.cuda_build(), "by_gpu": _environment.cuda_by_gpu()},
         "triton": {"settings": triton.tuning(), "by_gpu": _environment.triton_by_gpu()},
         "plain_pytorch": PLAIN_PARTS,
         "environment": {name: os.environ.get(name) for name in _environment.VARIABLES},
@@ -67,6 +68,10 @@ def _print(facts: dict[str, Any]) -> None:
         names = tuple(states["backends"])
         rows = [(op, *(_state(by_backend[name]) for name in names)) for op, by_backend in states["ops"].items()]
         print_table(f"Ops on {kind}", ("op", *names), rows)
+    _print_pairs("CUDA kernels", facts["cuda"]["build"])
+    rows = [(f"{gpu['capability']} {gpu['name']}", _state(gpu["why_not"])) for gpu in facts["cuda"]["by_gpu"]]
+    if rows:
+        print_table("CUDA kernels on GPUs, as this module was built", ("capability", "state"), rows)
     rows = []
     for gpu in facts["triton"]["by_gpu"]:
         dtypes = " ".join([", ".join(gpu["dtypes"]) + ".", *gpu["why_not"]])
@@ -74,7 +79,7 @@ def _print(facts: dict[str, Any]) -> None:
     columns = ("capability", "ops with Triton kernels", "dtypes", "matrix products of the module")
     print_table(f"Triton on GPUs ({facts['triton']['settings']})", columns, rows)
     rows = list(facts["plain_pytorch"].items())
-    print_table("Parts of FusedInTI that are plain PyTorch in every backend", ("part", "why"), rows)
+    print_table("Parts of FusedInTI that are plain PyTorch", ("part", "why"), rows)
     rows = [(n, facts["environment"][n] or "(unset)", what) for n, what in _environment.VARIABLES.items()]
     print_table("Environment variables", ("variable", "value", "what it does"), rows)
 

@@ -14,13 +14,14 @@ from ..reference import InTI, functional
 from ..reference.inti import Head, NormLinearGELU
 from ._linear import linear
 
-# Parts of the module that are plain PyTorch in every backend, and why.
+# Parts of the module that are plain PyTorch, and why.
 PLAIN_PARTS = {
-    "temporal position": "the token level has to see x + σ·P, so it is formed once for all",
-    "token level": "token_features has no kernel of its own yet",
+    "temporal position": "all levels have to see x + σ·P, so it is formed once for all",
+    "token level": "token_features has a kernel on the cuda backend only; the attention head takes frames one by one",
     "frame level": "works on B·T class tokens only",
     "global level": "works on B·T class tokens only",
-    "head": "interpolation_head has no kernel of its own yet but for the interpolation",
+    "head": "interpolation_head has a kernel on the cuda backend only, on the others and for the heads sigmoid and "
+    "attention all but the interpolation is plain",
     "sigmoid interpolation": "its weights don't sum to 1: pair_interpolate is another function",
 }
 
@@ -31,12 +32,13 @@ class FusedInTI(InTI):
     """A drop-in for :class:`InTI` on this package's ops: same constructor, ``state_dict`` and ``forward``.
 
     The cube level (Eq. 10) is a depthwise convolution that reads the tokens where they lie, the interpolation (Eq. 7) a
-    single pass over them. Under autocast the cube level runs in the autocast dtype, as InTI's convolution does, and the
-    weights have the dtype that InTI's would have.
+    single pass over them. On the cuda backend the token level (Eq. 9) and the head are kernels too. Under autocast the
+    cube level runs in the autocast dtype, as InTI's convolution does, and the weights have the dtype that InTI's would
+    have.
 
     Args:
-        backend: "auto", "reference", "cpu" or "triton" for the ops of this module; None takes the choice in force at
-            each call, see :func:`inti_kernels.use_backend`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda" for the ops of this module; None takes the choice in
+            force at each call, see :func:`inti_kernels.use_backend`.
         *args, **kwargs: as :class:`InTI`.
 
     Raises:
@@ -73,14 +75,35 @@ class FusedInTI(InTI):
         return fused
 
     def plain_parts(self) -> list[str]:
-        """The parts of this module that are plain PyTorch whatever the backend (keys of PLAIN_PARTS)."""
+        """The parts of this module that are plain PyTorch on its backend, where its parameters are now (keys of
+        PLAIN_PARTS)."""
+        token_level = self.head_type == "attention" or not self._runs("token_features", self.position)
+        head = self.head_type != "softmax" or not self._runs("interpolation_head", self.position)
         parts = [
             "temporal position",
-            "token level",
+            *["token level"] * token_level,
             *(f"{level} level" for level in self.context if level != "cube"),
-            "head",
+            *["head"] * head,
         ]
         return parts + ["sigmoid interpolation"] * (self.head_type == "sigmoid")
+
+    def _forward(self, x: Tensor, position: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        head = self.head
+        layers = () if self.head_type != "softmax" else (head.linear1, head.linear2)
+        if not layers or not self._runs("interpolation_head", x) or not self._is_ours(head, Head, *layers):
+            return super()._forward(x, position, grid)
+        x = functional.add_position(x, position)
+        levels = self._context_levels(x, grid)
+        z, weights = ops.interpolation_head(
+            *self._head_inputs(self._token_features(x), levels),
+            x,
+            head.linear1.weight,
+            head.linear1.bias,
+            head.linear2.weight,
+            head.linear2.bias,
+            backend=self.backend,
+        )
+        return z, weights.float() if _softmax_in_float32(x) else weights
 
     def _cube(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if not _untouched(self.cube, nn.Conv3d):
@@ -96,28 +119,34 @@ class FusedInTI(InTI):
         )
 
     def _token_features(self, x: Tensor) -> Tensor:
-        if not self._own_products(self.token, NormLinearGELU, self.token.linear):
+        token = self.token
+        if not self._is_ours(token, NormLinearGELU, token.linear):
             return super()._token_features(x)
-        frames = F.gelu(linear(self.token.norm(x), self.token.linear.weight, self.token.linear.bias))  # [B, T, N, C/2]
+        if self._runs("token_features", x) and _untouched(token.norm, nn.LayerNorm):
+            parameters = (token.norm.weight, token.norm.bias, token.linear.weight, token.linear.bias)
+            return ops.token_features(x, *parameters, eps=token.norm.eps, backend=self.backend)
+        if backends.requested(self.backend) == "reference":
+            return super()._token_features(x)
+        frames = F.gelu(linear(token.norm(x), token.linear.weight, token.linear.bias))  # [B, T, N, C/2]
         # One copy there and one back: the gradients of two slices, concatenated, would be two tensors full of zeros.
         return frames.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
 
     def _hidden(self, features: Tensor, cube: Tensor | None, frame_context: Tensor | None) -> Tensor:
-        if not self._own_products(self.head, Head, self.head.linear1):
+        layer = self.head.linear1
+        if backends.requested(self.backend) == "reference" or not self._is_ours(self.head, Head, layer):
             return super()._hidden(features, cube, frame_context)
-        inputs = functional.head_inputs(features, cube, frame_context)
-        return F.gelu(linear(inputs, self.head.linear1.weight, self.head.linear1.bias))
+        return F.gelu(linear(functional.head_inputs(features, cube, frame_context), layer.weight, layer.bias))
 
-    def _own_products(self, parent: nn.Module, kind: type[nn.Module], layer: nn.Module) -> bool:
-        """Whether a Linear of a part of the module may be computed past its ``forward``."""
-        plain = backends.requested(self.backend) == "reference"
-        return not plain and _untouched(parent, kind) and _untouched(layer, nn.Linear)
+    def _is_ours(self, parent: nn.Module, kind: type[nn.Module], *linears: nn.Module) -> bool:
+        """Whether Linears of a part of the module may be computed past its ``forward``."""
+        return _untouched(parent, kind) and all(_untouched(layer, nn.Linear) for layer in linears)
+
+    def _runs(self, op: str, x: Tensor) -> bool:
+        """Whether an op that only some backends have would be a kernel."""
+        return backends.runs_kernel(op, self.backend, x)
 
     def _interpolate(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        # Autocast on CUDA, unlike that on the CPU, runs InTI's softmax in float32.
-        if x.device.type == "cuda" and _autocast_dtype(logits) is not None:
-            logits = logits.float()
-        return ops.pair_interpolate(x, logits, backend=self.backend)
+        return ops.pair_interpolate(x, logits.float() if _softmax_in_float32(logits) else logits, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.backend!r}, plain PyTorch: {', '.join(self.plain_parts())}"
@@ -215,3 +244,8 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def _softmax_in_float32(tensor: Tensor) -> bool:
+    """Whether InTI's softmax would run in float32: autocast on CUDA, unlike that on the CPU, casts its input."""
+    return tensor.device.type == "cuda" and _autocast_dtype(tensor) is not None

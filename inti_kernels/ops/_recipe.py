@@ -60,6 +60,16 @@ def check_one_dtype(**tensors: Tensor | None) -> None:
             )
 
 
+def cast_as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast would make of the inputs of a product, differentiably; unchanged where it is off. Like autocast, it
+    leaves float64 alone."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
 def check_accumulator(accumulate: Tensor | None, x: Tensor) -> None:
     if accumulate is None:
         return
@@ -103,6 +113,20 @@ def _transforming() -> bool:
 
 # What torch.compiler.assume_constant_result does, less its import of all of Dynamo.
 _transforming._dynamo_marked_constant = True
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward can be asked for, so that the forward should keep what it needs. A transform that this doesn't
+    see costs a second forward, no more."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def keep_for_backward(ctx: Any, inputs: Sequence[Tensor | None], kept: Sequence[Tensor]) -> None:
+    """For setup_context: saves inputs and those outputs that are there for the backward alone."""
+    ctx.save_for_backward(*inputs, *kept)
+    ctx.mark_non_differentiable(*kept)
+    if not torch.compiler.is_compiling():  # which never makes zeros of the gradients of these
+        ctx._materialize_non_diff_grads = False
 
 
 def plain_eager(x: Tensor) -> bool:

@@ -141,8 +141,8 @@ def depthwise_conv3d(
     The tokens are read where they lie: no permute, no copy. Prefix tokens have no place on the grid; their output is 0.
     Padding is half the kernel, so output j is centred on frame temporal_stride·j.
 
-    Backends: reference, cpu, triton. Sums in float32 (float64 for float64). Differentiable once in x, weight, bias and
-    position; vmap, torch.func.grad and torch.compile work.
+    Backends: reference, cpu, triton, cuda. Sums in float32 (float64 for float64). Differentiable once in x, weight,
+    bias and position; vmap, torch.func.grad and torch.compile work.
 
     Args:
         x: tokens [B, T, prefix + H·W, C]; float32, float64, bfloat16 or float16; any strides (other than contiguous
@@ -153,7 +153,7 @@ def depthwise_conv3d(
         temporal_stride: with a kernel of 3×3×3, 2 (one output frame a pair) or 1; with 3×1×1, 1.
         prefix: number of tokens before the patches.
         position: σ·P [T, C], added to x while it is loaded (Eq. 8); or None.
-        backend: "auto", "reference", "cpu" or "triton"; None takes the choice in force, see
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; None takes the choice in force, see
             :func:`inti_kernels.use_backend`.
 
     Returns:

@@ -1,18 +1,157 @@
 """interpolation_head: the network that predicts the weights, and the interpolation, in one (Eq. 13 and 7).
 
-The op has no kernel of its own yet: its network is the reference on every backend; its interpolation is the op
-pair_interpolate, and runs where that runs.
+The CUDA kernels make one op of it. On the other backends its network is the reference, a plain PyTorch expression, and
+its interpolation the op pair_interpolate.
 """
 
-from __future__ import annotations
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ..backends._arguments import wide_dtype
 from ..reference import functional
 from . import _recipe as recipe
 from .pair_interpolate import pair_interpolate
+
+
+@recipe.without_autocast
+def _run_forward(
+    features: Tensor,
+    cube: Tensor | None,
+    frame_context: Tensor | None,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    position: Tensor | None,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, the weights, and for the backward, or empty without ``keep``: the difference of the logits [B, T/2, N] and
+    what the GELU was taken of [B, T/2, N, h]."""
+    module = backends.implementation("interpolation_head", backend, x)
+    return module.interpolation_head_forward(
+        features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep
+    )
+
+
+@recipe.without_autocast
+def _run_backward(
+    grad_z: Tensor,
+    grad_weights: Tensor,
+    features: Tensor,
+    cube: Tensor | None,
+    frame_context: Tensor | None,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    position: Tensor | None,
+    difference: Tensor,
+    preactivation: Tensor,
+    needs: Sequence[bool],
+    grad_x_accumulate: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the nine inputs; empty where ``needs`` says no, or where x's went into the accumulator."""
+    recipe.check_accumulator(grad_x_accumulate, x)
+    module = backends.implementation("interpolation_head", backend, x, direction="backward")
+    inputs = (features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
+    if any(needs) and not difference.numel():  # the forward was run where no gradient was in sight
+        _, _, difference, preactivation = module.interpolation_head_forward(*inputs, True)
+    grads = module.interpolation_head_backward(
+        grad_z, grad_weights, *inputs, difference, preactivation, needs, grad_x_accumulate
+    )
+    return recipe.present(grads, x)
+
+
+_forward = torch.library.custom_op("inti_kernels::interpolation_head", _run_forward, mutates_args=())
+_backward = torch.library.custom_op(
+    "inti_kernels::interpolation_head_backward", _run_backward, mutates_args={"grad_x_accumulate"}
+)
+
+
+@_forward.register_fake
+def _(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep, backend):  # type: ignore[no-untyped-def]
+    pairs = (x.shape[0], x.shape[1] // 2, x.shape[2])
+    outputs = x.new_empty(*pairs, x.shape[3]), features.new_empty(*pairs, 2)
+    if not keep:
+        return *outputs, features.new_empty(0, dtype=wide_dtype(features)), features.new_empty(0)
+    difference = features.new_empty(pairs, dtype=wide_dtype(features))
+    return *outputs, difference, features.new_empty(*pairs, weight1.shape[0])
+
+
+@_backward.register_fake
+def _(grad_z, grad_weights, *args):  # type: ignore[no-untyped-def]
+    inputs, needs, grad_x_accumulate = args[:9], args[11], args[12]
+    written = (*needs[:3], needs[3] and grad_x_accumulate is None, *needs[4:])
+    return recipe.present(
+        [t.new_empty(t.shape) if w else None for t, w in zip(inputs, written, strict=True)], inputs[3]
+    )
+
+
+@_backward.register_vmap
+def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    size, needs = info.batch_size, args[13]
+    if any(needs[4:]) or any(axis is not None for axis in in_dims[6:11]):
+        return recipe.one_by_one(_backward, size, in_dims, args), (0,) * 9
+    tensors = (*range(6), 11, 12)
+    folded = [
+        recipe.fold(arg, in_dims[i], size) if i in tensors and arg is not None else arg for i, arg in enumerate(args)
+    ]
+    return recipe.unfold(_backward(*folded), size), (0,) * 9
+
+
+@recipe.keep_signature
+class InterpolationHead(torch.autograd.Function):
+    """The op with its backward, for autograd, torch.compile and torch.func alike."""
+
+    @staticmethod
+    def forward(
+        features: Tensor,
+        cube: Tensor | None,
+        frame_context: Tensor | None,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        position: Tensor | None,
+        keep: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        run = _run_forward if recipe.plain_eager(x) else _forward
+        return run(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        recipe.keep_for_backward(ctx, inputs[:9], output[2:])
+        ctx.backend = inputs[10]
+
+    @staticmethod
+    @recipe.differentiable_once("interpolation_head")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_z: Tensor, grad_weights: Tensor, *_: Any) -> Any:
+        needs = ctx.needs_input_grad[:9]
+        run = _run_backward if recipe.plain_eager(grad_z) else _backward
+        grads = run(grad_z, grad_weights, *saved, needs, None, ctx.backend)
+        return *recipe.only_needed(grads, needs), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        size = info.batch_size
+        if any(axis is not None for axis in in_dims[4:9]):
+            return recipe.one_by_one(InterpolationHead.apply, size, in_dims, args), (0,) * 4
+        folded = (None if args[i] is None else recipe.fold(args[i], in_dims[i], size) for i in range(4))
+        return recipe.unfold(InterpolationHead.apply(*folded, *args[4:]), size), (0,) * 4
+
+
+_forward.register_autograd(InterpolationHead.backward, setup_context=InterpolationHead.setup_context)
 
 
 def interpolation_head(
@@ -30,8 +169,10 @@ def interpolation_head(
 ) -> tuple[Tensor, Tensor]:
     """Linear over [features ; cube + frame_context] → GELU → Linear to two logits → softmax → interpolation.
 
-    Backends: plain PyTorch on all, but for the interpolation, see :func:`pair_interpolate`, whose limits (one
-    derivative, no forward-mode AD) hold here too unless the backend is "reference".
+    Backends: cuda. On the others the network is plain PyTorch, and the interpolation that of :func:`pair_interpolate`,
+    whose limits (one derivative, no forward-mode AD) hold here too unless the backend is "reference". On cuda neither
+    the concatenation nor, without a gradient to come, the hidden layer is ever written; sums are in float32 (float64
+    for float64); vmap, torch.func.grad and torch.compile work.
 
     Args:
         features: F_token [B, T/2, N, D].
@@ -41,7 +182,7 @@ def interpolation_head(
         weight1, bias1: [h, D + C'] ([h, D] with neither cube nor frame_context) and [h].
         weight2, bias2: [2, h] and [2].
         position: σ·P [T, C], any floating dtype, added to x first (Eq. 8); or None.
-        backend: "auto", "reference", "cpu" or "triton"; None takes the choice in force, see
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; None takes the choice in force, see
             :func:`inti_kernels.use_backend`.
 
     Returns:
@@ -51,8 +192,35 @@ def interpolation_head(
         ValueError: shapes that don't go together, odd T, tensors on different devices, an unknown backend.
         TypeError: an input that isn't a dense floating tensor; mixed dtypes outside autocast (x's and position's may
             be others).
-        RuntimeError: the backend that was asked for can't run here.
+        RuntimeError: the backend that was asked for can't run here; a second derivative, or forward-mode AD.
     """
+    _check_input(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
+    asked, backend = backend, backends.resolve_or_plain("interpolation_head", backend, x)
+    if backend == "reference":
+        logits = F.linear(functional.head_hidden(features, cube, frame_context, weight1, bias1), weight2, bias2)
+        return pair_interpolate(x, logits, position, backend=asked)
+    network = recipe.cast_as_autocast(features, cube, frame_context, weight1, bias1, weight2, bias2)
+    dtype, x_dtype = network[0].dtype, x.dtype
+    if torch.float64 in (dtype, x_dtype):  # the kernels compute all in float64, or nothing
+        *network, x = (None if tensor is None else tensor.double() for tensor in (*network, x))
+    features, cube, frame_context, weight1, bias1, weight2, bias2 = network
+    inputs = (features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
+    recipe.leave_transforms_to_eager()
+    z, weights, *_ = InterpolationHead.apply(*inputs, recipe.wants_gradient(*inputs), backend)
+    return z.to(x_dtype), weights.to(dtype)
+
+
+def _check_input(
+    features: Tensor,
+    cube: Tensor | None,
+    frame_context: Tensor | None,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    position: Tensor | None,
+) -> None:
     recipe.check_tokens(x)
     functional.check_pairs(x.shape[1])
     pairs = (x.shape[0], x.shape[1] // 2, x.shape[2])
@@ -75,6 +243,3 @@ def interpolation_head(
     recipe.check_like(position, "position", x, (x.shape[1], x.shape[3]), "[T, C]", optional=True)
     recipe.check_one_dtype(features=features, cube=cube, frame_context=frame_context, weight1=weight1, bias1=bias1,
                            weight2=weight2, bias2=bias2)  # fmt: skip
-    backends.without_kernel("interpolation_head", backend, x)
-    logits = F.linear(functional.head_hidden(features, cube, frame_context, weight1, bias1), weight2, bias2)
-    return pair_interpolate(x, logits, position, backend=backend)

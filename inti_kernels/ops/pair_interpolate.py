@@ -102,8 +102,8 @@ def pair_interpolate(
 ) -> tuple[Tensor, Tensor]:
     """Replaces each pair of frames by their weighted sum, token by token: (α, β) = softmax(logits), then Eq. 7.
 
-    Backends: reference, cpu, triton. Sums in float32 (float64 for float64); the weights are computed in float64 on the
-    CPU, by Triton in float32 unless x or the logits are float64, and rounded.
+    Backends: reference, cpu, triton, cuda. Sums in float32 (float64 for float64); the weights are computed in float64
+    on the CPU, on a GPU in float32 unless x or the logits are float64, and rounded.
     Differentiable once in x, logits and position; vmap, torch.func.grad and torch.compile work.
 
     Args:
@@ -111,7 +111,7 @@ def pair_interpolate(
             channels cost one copy).
         logits: [B, T/2, N, 2], any floating dtype.
         position: σ·P [T, C], any floating dtype, added to x while it is loaded (Eq. 8); or None.
-        backend: "auto", "reference", "cpu" or "triton"; None takes the choice in force, see
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; None takes the choice in force, see
             :func:`inti_kernels.use_backend`.
 
     Returns:

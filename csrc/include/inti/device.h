@@ -103,7 +103,6 @@ __device__ __forceinline__ bfloat16 narrow<bfloat16>(double value) {
   return narrow<bfloat16>(static_cast<float>(value));
 }
 
-// Sixteen-bit numbers are converted in twos, where the hardware takes both halves of a register.
 template <class T, int N>
 __device__ __forceinline__ Vec<Wide<T>, N> widen(const Vec<T, N>& narrow) {
   Vec<Wide<T>, N> wide;
@@ -118,6 +117,51 @@ __device__ __forceinline__ Vec<T, N> narrow(const Vec<W, N>& wide) {
   for (int i = 0; i < N; ++i) result[i] = narrow<T>(wide[i]);
   return result;
 }
+
+#ifdef __CUDACC__
+// Sixteen-bit numbers in twos: the compiler does not see by itself that an instruction can name either half of a
+// register, and would take each number out of it first.
+template <int N>
+__device__ __forceinline__ Vec<float, N> widen(const Vec<float16, N>& narrow) {
+  Vec<float, N> wide;
+  if constexpr (N % 2 == 0) {
+    union {
+      Vec<float16, N> numbers;
+      __half2 pairs[N / 2];
+    } both;
+    both.numbers = narrow;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      wide[2 * i] = __low2float(both.pairs[i]);
+      wide[2 * i + 1] = __high2float(both.pairs[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) wide[i] = widen(narrow[i]);
+  }
+  return wide;
+}
+template <int N>
+__device__ __forceinline__ Vec<float, N> widen(const Vec<bfloat16, N>& narrow) {
+  Vec<float, N> wide;
+  if constexpr (N % 2 == 0) {
+    union {
+      Vec<bfloat16, N> numbers;
+      unsigned pairs[N / 2];
+    } both;
+    both.numbers = narrow;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      wide[2 * i] = __uint_as_float(both.pairs[i] << 16);
+      wide[2 * i + 1] = __uint_as_float(both.pairs[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) wide[i] = widen(narrow[i]);
+  }
+  return wide;
+}
+#endif
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -192,6 +236,10 @@ __device__ __forceinline__ void store(Shared<T> to, const Vec<T, N>& value) {
   store(to.at, value);
 }
 
+#else
+}  // namespace inti
+#include "emulator/memory.h"
+namespace inti {
 #endif  // __CUDACC__
 
 // One number, global or shared.
@@ -265,6 +313,10 @@ __device__ __forceinline__ void load_fragment(Fragment& fragment, Shared<T> from
 __device__ __forceinline__ void store_fragment(Shared<float> to, const FragmentSum& fragment, int pitch) {
   wmma::store_matrix_sync(to.at, fragment, pitch, wmma::mem_row_major);
 }
+#else
+}  // namespace inti
+#include "emulator/fragments.h"
+namespace inti {
 #endif
 
 // --- Host ------------------------------------------------------------------------------------------------------------
@@ -325,6 +377,10 @@ void launch(void (*kernel)(Parameters...), const Launch& how, Parameters... para
         how);
 }
 
+#else
+}  // namespace inti
+#include "emulator/launch.h"
+namespace inti {
 #endif  // __CUDACC__
 
 // Calls f with a number of the type that dtype names.

@@ -41,7 +41,7 @@ def why_not_by_capability(capability: tuple[int, int], dtype: torch.dtype) -> li
 
 def products_by_capability(capability: tuple[int, int]) -> str:
     """What computes the matrix products of the module on such a GPU, and why."""
-    why = "no kernel of this package has products yet"
+    why = "the triton backend has no kernels with products"
     if capability < LEAST_FOR_DOT:
         why += ", and Triton has no tensor-core products below compute capability 8.0"
     return f"cuBLAS, through PyTorch, for the Linears of the token level, the frame level and the head: {why}"

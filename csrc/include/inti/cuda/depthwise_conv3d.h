@@ -48,6 +48,7 @@ struct DepthwiseConv3dBackward {
 struct DepthwiseConv3dTiling {
   int64_t tiles, runs;
 };
+
 #ifndef __CUDACC_RTC__  // host code
 
 DepthwiseConv3dTiling depthwise_conv3d_tiling(const DepthwiseConv3dShape&);

@@ -1,0 +1,10 @@
+// CUDA C++ for a C++ compiler, for tests: everything that device.h has from CUDA's headers elsewhere. device.h includes
+// memory.h, fragments.h and launch.h itself, behind the types that they need.
+#pragma once
+
+#include "emulator/language.h"
+//
+#include "emulator/machine.h"
+#include "emulator/numbers.h"
+#include "emulator/warp.h"
+#include "emulator/wmma.h"
