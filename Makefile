@@ -34,12 +34,14 @@ CXX_SOURCES = $(shell find csrc python benchmarks -name '*.cpp' -o -name '*.cu' 
 NATIVE_INPUTS = $(CXX_SOURCES) $(shell find csrc python -type d) csrc/build_info.h.in csrc/cuda.cmake
 OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_native.py
-# The ops on the emulated CUDA backend; the emulator uses one core.
-CUDA_TESTS = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -o addopts= -n auto -k cuda \
+# With INTI_CUDA_LIBRARY, all these are tests of the emulated CUDA backend.
+CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py) \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
     tests/test_interpolation_head.py
-# The emulated module of a build folder.
+# The emulated module of a build folder, and the lines that a build folder's tests executed.
 emulated = $$(echo $(CURDIR)/$(1)/_cuda*.so)
+covered = $(BIN)/gcovr --gcov-executable $(GCOV) --root . --object-directory $(1) --filter $(2) --merge-lines \
+    --gcov-ignore-parse-errors negative_hits.warn_once_per_file --txt-metric line --txt - --fail-under-line 95 $(1)
 
 # Stamps: what is installed, by what it depends on. A torch of another version takes the place of the one before.
 VENV_STAMP := $(VENV)/.stamp-venv
@@ -58,8 +60,8 @@ NVCC ?= $(or $(CUDACXX),nvcc)
 NVRTC := build/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 DISASSEMBLER := $(TRITON_FOLDER)/3.3.1/triton/backends/nvidia/bin/nvdisasm
 
-.PHONY: help install demo test lint unit emulator triton triton-check triton-tests triton-compile cuda-compile \
-    coverage sanitize test-mutants test-triton-versions test-nvcc test-full bench format clean
+.PHONY: help install demo test lint unit emulator triton triton-check triton-tests triton-compile cuda cuda-check \
+    cuda-tests cuda-compile coverage sanitize test-mutants test-triton-versions test-nvcc test-full bench format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [TORCH=2.7.1] [ARGS='--frames 16']    torch here: $(TORCH)"
@@ -114,11 +116,11 @@ bench: install ## time every op and the module against plain PyTorch (ARGS="--dt
 
 # --- Testing --------------------------------------------------------------------------------------------------------
 
-test: install ## lint, unit, triton, cuda-compile and coverage
+test: install ## lint, unit, triton, cuda and coverage
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory triton
-	@$(MAKE) --no-print-directory cuda-compile
+	@$(MAKE) --no-print-directory cuda
 	@$(MAKE) --no-print-directory coverage
 
 lint: install ## ruff and clang-format, nothing changed
@@ -127,14 +129,9 @@ lint: install ## ruff and clang-format, nothing changed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-unit: emulator ## the fast tests (PYTEST_ARGS="-k conv -x")
+unit: install ## the fast tests (PYTEST_ARGS="-k conv -x")
 	$(call say,Tests)
-	INTI_CUDA_LIBRARY="$(call emulated,build/emulator)" $(VENV_PYTHON) -m pytest tests $(PYTEST_ARGS)
-
-emulator: install ## build the CUDA kernels for the CPU, where the tests run them
-	$(call say,Building the CUDA kernels for the emulator)
-	$(CONFIGURE) -B build/emulator -DINTI_EMULATOR=ON --log-level=WARNING
-	$(CMAKE) --build build/emulator --target cuda_emulated
+	$(VENV_PYTHON) -m pytest tests $(PYTEST_ARGS)
 
 # Without a GPU: the kernels run in Triton's interpreter, and are compiled for every architecture by the Triton at hand.
 triton: install ## the Triton kernels: checked and tested in the interpreter, compiled for sm_70 to sm_90
@@ -166,8 +163,33 @@ test-triton-versions: install ## compile the Triton kernels with every supported
 	    PYTHONPATH=$$folder $(VENV_PYTHON) tests/triton_aot.py || exit 1; \
 	done
 
+# Without a GPU: the kernels run in the emulator, and are compiled for sm_70, 75 and 90.
+cuda: install ## the CUDA kernels: checked and tested in the emulator, their coverage, compiled for sm_70 to sm_90
+	@$(MAKE) --no-print-directory cuda-check
+	@$(MAKE) --no-print-directory cuda-tests
+	@$(MAKE) --no-print-directory cuda-compile
+
+# It counts the lines it executes: that costs the tests next to nothing, and saves a second build.
+emulator: install ## build the CUDA kernels for the CPU, into build/emulator
+	$(call say,Emulator: building)
+	$(CONFIGURE) -B build/emulator -DINTI_EMULATOR=ON -DINTI_COVERAGE=ON --log-level=WARNING
+	$(CMAKE) --build build/emulator --target cuda_emulated
+
+cuda-check: emulator
+	$(call say,CUDA: check in the emulator)
+	INTI_BACKEND=cuda INTI_CUDA_LIBRARY="$(call emulated,build/emulator)" OMP_NUM_THREADS=1 \
+	    $(VENV_PYTHON) -m inti_kernels check
+
+# The emulator uses one core; the tests are shared out over the cores there are.
+cuda-tests: emulator
+	@find build/emulator -name '*.gcda' -delete
+	$(call say,CUDA: tests in the emulator)
+	INTI_CUDA_LIBRARY="$(call emulated,build/emulator)" OMP_NUM_THREADS=1 $(CUDA_TESTS) -n auto $(PYTEST_ARGS)
+	$(call say,CUDA: coverage of csrc/cuda)
+	$(call covered,build/emulator,csrc/cuda/)
+
 # Compiled by the nvcc at hand for architectures that every nvcc from 11.8 on has, and always by NVRTC for sm_70.
-cuda-compile: emulator $(NVRTC) $(DISASSEMBLER) ## the CUDA kernels compiled: by nvcc for sm_75 and sm_90, by NVRTC for sm_70
+cuda-compile: emulator $(NVRTC) $(DISASSEMBLER)
 	$(call say,CUDA: compiling and linking for sm_75 and sm_90)
 	@if command -v $(NVCC) >/dev/null; then \
 	    $(CONFIGURE) -B build/cuda --log-level=WARNING -DINTI_CUDA=ON -DINTI_CUDA_ARCHS='75;90' \
@@ -202,23 +224,15 @@ test-nvcc: install ## compile and link the CUDA kernels for sm_70 with nvcc 11.8
 	PYTHONPATH=build/cuda-11.8 $(VENV_PYTHON) -c 'import _cuda; print("imported:", _cuda.build_info())'
 
 # On a build that counts the lines it executes. The op tests go through every instruction set of the machine.
-coverage: install ## the op tests, and how many lines of the C++ and CUDA kernels they execute: 95 % or more
-	$(call say,Coverage: building)
-	$(CONFIGURE) -B build/coverage -DINTI_COVERAGE=ON -DINTI_EMULATOR=ON
+coverage: install ## the op tests, and how many lines of the C++ kernels they execute: 95 % or more
+	$(call say,Coverage of csrc/cpu: building)
+	$(CONFIGURE) -B build/coverage -DINTI_COVERAGE=ON
 	$(CMAKE) --build build/coverage
 	@find build/coverage -name '*.gcda' -delete
 	$(call say,Coverage of csrc/cpu: the op tests)
 	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/coverage/_native*.so)" $(OP_TESTS)
-	$(call say,Coverage of csrc/cuda: the op tests in the emulator)
-	INTI_CUDA_LIBRARY="$(call emulated,build/coverage)" $(CUDA_TESTS)
 	$(call say,Coverage of csrc/cpu)
-	$(COVERED) --filter csrc/cpu/
-	$(call say,Coverage of csrc/cuda)
-	$(COVERED) --filter csrc/cuda/
-
-COVERED = $(BIN)/gcovr --gcov-executable $(GCOV) --root . --object-directory build/coverage --merge-lines \
-    --gcov-ignore-parse-errors negative_hits.warn_once_per_file --txt-metric line --txt - --fail-under-line 95 \
-    build/coverage
+	$(call covered,build/coverage,csrc/cpu/)
 
 # torch and Python are not sanitized: the runtime of AddressSanitizer has to be there before them, and libstdc++ with
 # it, so that it sees the exceptions. Leaks are not looked for: Python's own would drown ours.
@@ -234,7 +248,7 @@ sanitize: install ## the op tests on builds with AddressSanitizer and UBSan
 	    $(OP_TESTS) -k 'not compile and not export and not opcheck'
 	$(call say,Sanitizers: the op tests in the emulator)
 	INTI_CUDA_LIBRARY="$(call emulated,build/sanitize)" HYPOTHESIS_PROFILE=mutants $(SANITIZED) \
-	    $(CUDA_TESTS) -k 'cuda and not compile and not export and not opcheck'
+	    OMP_NUM_THREADS=1 $(CUDA_TESTS) -n auto -k 'not compile and not export and not opcheck'
 
 test-mutants: install ## plant one-line faults in the C++ and Triton kernels and see each caught
 	$(call say,Mutants)

@@ -7,10 +7,12 @@ needs. README.md describes how to run and read the benchmark.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # loaded when they are wanted: `python -m benchmarks.sass_model` has no package around this folder
+    import torch
 
-from .workload import Sizes, Workload
+    from .workload import Sizes, Workload
 
 WORKLOADS = ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head", "inti")
 
@@ -28,3 +30,9 @@ def load(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, back
     if name not in WORKLOADS:
         raise ValueError(f"workload must be one of {WORKLOADS}, got {name!r}")
     return import_module(f".{name}", __package__).workload(sizes, dtype, device, backend)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Sizes", "Workload"):
+        return getattr(import_module(".workload", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
-# The CUDA kernels by nvcc: INTI_CUDA_TARGETS, what to compile for, and the language itself. Included with INTI_CUDA=ON
-# only, so that nothing of CUDA is looked for where it isn't wanted.
+# nvcc, and what it is to compile for: INTI_CUDA_TARGETS as we name it, CMAKE_CUDA_ARCHITECTURES as CMake does. Included
+# with INTI_CUDA=ON only, so that nothing of CUDA is looked for where it isn't wanted; tests run it by itself (cmake -P).
+cmake_minimum_required(VERSION 3.20)
 set(INTI_CUDA_ARCHS "" CACHE STRING
     "Compute capabilities to compile for, such as 70;75;80+PTX; default: TORCH_CUDA_ARCH_LIST, else what nvcc has of 70;75;80;86;90")
 
@@ -63,14 +64,4 @@ foreach(arch IN LISTS INTI_CUDA_TARGETS)
         list(APPEND CMAKE_CUDA_ARCHITECTURES ${arch}-real)
     endif()
 endforeach()
-if(NOT CMAKE_CUDA_HOST_COMPILER AND NOT DEFINED ENV{CUDAHOSTCXX})
-    set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
-endif()
-enable_language(CUDA)
-set(CMAKE_CUDA_STANDARD 17)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-set(CMAKE_CUDA_EXTENSIONS OFF)
-set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
-set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
-# Static: torch brings a runtime of its own, of another version perhaps.
-set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+message(STATUS "CUDA kernels: ${INTI_CUDA_TARGETS} by ${CMAKE_CUDA_COMPILER}")

@@ -98,7 +98,7 @@ def test_info_says_why_the_compiled_module_is_missing():
 
 
 def test_info_shows_a_bad_backend_and_everything_else():
-    sentence = "INTI_BACKEND must be one of ('auto', 'reference', 'cpu', 'triton'), got 'fastest'"
+    sentence = "INTI_BACKEND must be one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'fastest'"
     result = run("info", "--json", INTI_BACKEND="fastest")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
@@ -150,15 +150,18 @@ def test_check_passes_and_says_which_backend_executed(small_check, capsys):
         by_what.setdefault(row["what"], []).append(row)
     assert set(by_what) == {*ops.OPS, "FusedInTI"}
     for op in ops.OPS:
-        *rows, elsewhere = by_what[op]
-        assert (elsewhere["case"], elsewhere["status"]) == ("backend triton", "not run")
+        *rows, triton, cuda = by_what[op]
+        assert (triton["case"], triton["status"]) == ("backend triton", "not run")
+        assert (cuda["case"], cuda["status"]) == ("backend cuda", "not run")
         for row in rows:
             covered = "cpu" in backends.HAS_KERNEL[op]
             assert row["status"] == ("pass" if covered else "not covered")
             if covered:
                 assert row["backend"] == "cpu"
     assert {row["case"] for row in by_what["pair_interpolate"]} >= {"gradcheck", "no position"}
-    assert all(row["comparisons"] for row in report["rows"] if row["case"] not in ("gradcheck", "backend triton"))
+    assert all(
+        row["comparisons"] for row in report["rows"] if row["status"] != "not run" and row["case"] != "gradcheck"
+    )
     assert {comparison["name"] for comparison in by_what["FusedInTI"][0]["comparisons"]} >= {
         "out 0",
         "grad cube.weight",
@@ -215,7 +218,7 @@ def test_check_without_any_kernel_has_rows_that_say_so():
     assert result.returncode == 1
     rows = json.loads(result.stdout)["rows"]
     assert {row["status"] for row in rows} == {"not run"}
-    assert {row["case"] for row in rows} == {"backend cpu", "backend triton"}
+    assert {row["case"] for row in rows} == {"backend cpu", "backend triton", "backend cuda"}
     assert all(("/nowhere/_native.so" in row["note"]) == (row["case"] == "backend cpu") for row in rows)
 
 

@@ -51,15 +51,18 @@ def test_recipe_of_the_other_kernels(
 @given(
     subject=st.sampled_from(sorted(SUBJECTS)).map(SUBJECTS.get),
     batch=sizes(st.integers(1, 3), st.integers(1, 2)),
-    frames=sizes(st.sampled_from((2, 4, 6)), st.sampled_from((2, 4))),
+    frames=sizes(st.sampled_from((2, 4, 6)), st.sampled_from((2, 4)), st.sampled_from((2, 4, 6, 10))),
     grid=st.one_of(
         st.tuples(st.integers(1, 5), st.integers(1, 5)),
-        # One row, one column; for Triton a full tile of 64 patches, and more than one.
-        st.sampled_from(((1, 1), (1, 7), (7, 1), *sizes(((2, 29), (9, 8)), ((8, 8), (13, 5))))),
+        # One row, one column; for Triton a full tile of 64 patches, and more than one; for CUDA the grids of models.
+        st.sampled_from(
+            ((1, 1), (1, 7), (7, 1), *sizes(((2, 29), (9, 8)), ((8, 8), (13, 5)), ((14, 14), (16, 16), (24, 5))))
+        ),
     ),
     dim=sizes(
         st.one_of(st.integers(1, 20), st.sampled_from((31, 32, 63, 64, 65, 127, 130))),
         st.sampled_from((16, 16, 19, 32, 37)),  # a block is 16 channels
+        st.one_of(st.integers(1, 20), st.sampled_from((16, 24, 32, 33, 40, 48, 64, 72))),
     ),
     prefix=st.sampled_from((0, 1, 5)),
     dtype=st.sampled_from(DTYPES),
@@ -71,24 +74,39 @@ def test_matches_reference(backend: str, subject: Subject, **sizes: object) -> N
     op_suite.compare_with_reference(subject, backend, **sizes)
 
 
-@pytest.mark.parametrize("dtype", sizes(DTYPES, (torch.float16,)), ids=str)
+@pytest.mark.parametrize("dtype", sizes(DTYPES, (torch.float16,), DTYPES), ids=str)
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 def test_matches_reference_at_682_channels(backend: str, subject: Subject, dtype: torch.dtype) -> None:
     """UniFormerV2's local module at ViT-L works on ⌊1024 / 1.5⌋ channels, no multiple of any vector."""
-    frames, grid = (4, (5, 4)) if backend == "cpu" else (2, (2, 2))
+    frames, grid = (2, (2, 2)) if backend == "triton" else (4, (5, 4))
     op_suite.compare_with_reference(subject, backend, batch=1, frames=frames, grid=grid, dim=682, dtype=dtype)
 
 
-@pytest.mark.parametrize("grid", sizes([(2, 30), (3, 31), (1, 61), (2, 64)], [(2, 33)]), ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    sizes([(2, 30), (3, 31), (1, 61), (2, 64)], [(2, 33)], [(2, 30), (24, 24), (3, 31), (2, 64), (31, 3)]),
+    ids=str,
+)
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 def test_wide_grids(backend: str, subject: Subject, grid: tuple[int, int]) -> None:
-    """The C++ kernels cut rows wider than 30 columns (32 without a halo) into tiles; Triton's cut anywhere."""
-    op_suite.compare_with_reference(subject, backend, batch=1, grid=grid, dim=sizes(5, 32))
+    """The C++ kernels cut rows wider than 30 columns (32 without a halo) into tiles; the others cut anywhere."""
+    for dim in sizes((5,), (32,), (5, 32)):
+        op_suite.compare_with_reference(subject, backend, batch=1, grid=grid, dim=dim, draws=sizes(None, None, 2))
 
 
 def test_many_clips_share_partial_sums(backend: str) -> None:
     """More output frames than chunks of partial sums: a chunk then sums several frames."""
-    op_suite.compare_with_reference(CUBE, backend, **sizes({"batch": 9, "frames": 8}, {}), grid=(2, 3), dim=17)
+    many = {"batch": 9, "frames": 8}
+    op_suite.compare_with_reference(CUBE, backend, **sizes(many, {}, many), grid=(2, 3), dim=17)
+
+
+@op_suite.kernels_only
+@pytest.mark.parametrize("dim", [16, 32, 40, 37])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+def test_the_grid_of_vit_b(backend: str, subject: Subject, dtype: torch.dtype, dim: int) -> None:
+    """14×14 patches: whole tiles and runs, with 16-byte accesses and without."""
+    op_suite.compare_with_reference(subject, backend, batch=1, frames=4, grid=(14, 14), dim=dim, dtype=dtype, draws=1)
 
 
 def test_without_bias(backend: str) -> None:

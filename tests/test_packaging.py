@@ -47,18 +47,26 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "*.egg-info",
         "__pycache__",
         "_native*",
+        "_cuda*.so",
         "_build.json",
     )
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
 
 
+# What a build depends on, unset; nor is an nvcc that happens to be there to be used.
+CLEAN: dict[str, str | None] = {
+    **dict.fromkeys(("INTI_NATIVE", "INTI_CPU_ISAS", "CXX", "CXXFLAGS")),
+    **dict.fromkeys(("INTI_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDACXX")),
+    "INTI_CUDA": "off",
+}
+
+
 def build(tree: Path, kind: str, target: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
     """Call the build backend, as pip does but without its isolation: what it needs is in the `test` extra."""
     target.mkdir(parents=True, exist_ok=True)
     code = f"import setuptools.build_meta as backend; backend.build_{kind}({str(target)!r})"
-    clean = {"INTI_NATIVE": None, "INTI_CPU_ISAS": None, "CXX": None, "CXXFLAGS": None}
-    return run_python(code, cwd=tree, **{**clean, **environment})
+    return run_python(code, cwd=tree, **{**CLEAN, **environment})
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,7 @@ def test_sdist_can_be_built_and_tested(tree: Path, tmp_path: Path) -> None:
         path.relative_to(tree).as_posix()
         for folder in folders
         for path in (tree / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".h", ".inc", ".in", ".md")
+        if path.suffix in (".py", ".cpp", ".cu", ".h", ".inc", ".in", ".cmake", ".md") or path.name == "CMakeLists.txt"
     }
     top = {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE", "CHANGELOG.md"}
     assert sources | top <= names

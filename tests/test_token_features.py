@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_subject import Subject, assert_same_bits, gradients, layouts
-
 from op_suite import kernels_only, plain_only
 
 from inti_kernels import backends, ops, reference

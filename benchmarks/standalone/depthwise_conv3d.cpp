@@ -44,6 +44,7 @@ std::vector<Case> cases(int64_t real_clips) {
       {"padded rows", 2, 2, 1, 5, 8, 24, Layout::padded, Layout::padded},
       {"frames first", 3, 4, 1, 4, 7, 16, Layout::swapped, Layout::repeated},
       {"odd rows", 2, 4, 1, 5, 9, 19, Layout::odd, Layout::odd},
+      {"shifted", 1, 4, 1, 5, 9, 24, Layout::shifted, Layout::shifted},
       {"one patch", 1, 2, 0, 1, 1, 1},
       {"many clips, long runs", 41, 6, 1, 2, 2, 64},
       bare,
@@ -81,8 +82,7 @@ struct Setting {
   const Input* position_or_null() const { return position ? &*position : nullptr; }
   TokenSizes out() const { return {c.batch, c.frames / kernel.stride, x.sizes.tokens, c.dim}; }
   inti::cuda::DepthwiseConv3dShape shape() const {
-    return {c.batch,         c.frames,     c.prefix, c.height,       c.width, c.dim,
-            kernel.stride, kernel.space, dtype,    parameter_dtype};
+    return {c.batch, c.frames, c.prefix, c.height, c.width, c.dim, kernel.stride, kernel.space, dtype, parameter_dtype};
   }
   std::string entry(const char* what) const { return std::string(what) + " " + kernel.name; }
 };
@@ -102,7 +102,8 @@ void forward(Report& report, const Setting& s) {
   launch();
   synchronize();
 
-  const auto expected = reference::convolve(s.conv, s.x, s.position_or_null(), s.weight, s.bias ? &*s.bias : nullptr, s.with);
+  const auto expected =
+      reference::convolve(s.conv, s.x, s.position_or_null(), s.weight, s.bias ? &*s.bias : nullptr, s.with);
   report.check("y", y, reference::stored(expected, s.dtype, true));
   report.time(s.entry("forward").c_str(), s.x.bytes() + y.bytes(), launch);
 }

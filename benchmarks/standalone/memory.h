@@ -89,7 +89,8 @@ class Memory {
       if (i == kGuard) i += bytes_;
       if (bytes[i] != 0xff) {
         const bool before = i < kGuard;
-        throw std::runtime_error(std::string(what) + ": written " + (before ? "before its begin, by " : "past its end, by ") +
+        throw std::runtime_error(std::string(what) + ": written " +
+                                 (before ? "before its begin, by " : "past its end, by ") +
                                  std::to_string(before ? kGuard - i : i - kGuard - bytes_ + 1) + " bytes");
       }
     }

@@ -41,7 +41,9 @@ inline DType wide_of(DType dtype) { return dtype == DType::float64 ? dtype : DTy
 
 // Half the distance of 1 to the next number: the largest relative error of rounding. In float64 the loops that say what
 // is right round as well, so that two roundings meet.
-inline double rounding_of(DType dtype) { return std::ldexp(dtype == DType::float64 ? 2.0 : 1.0, -1 - format_of(dtype).digits); }
+inline double rounding_of(DType dtype) {
+  return std::ldexp(dtype == DType::float64 ? 2.0 : 1.0, -1 - format_of(dtype).digits);
+}
 
 // The least number above 0.
 inline double least_of(DType dtype) { return std::ldexp(1.0, format_of(dtype).exponent - format_of(dtype).digits); }

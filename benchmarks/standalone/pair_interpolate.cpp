@@ -34,9 +34,11 @@ std::vector<Case> cases(int64_t real_clips) {
   of_position.wants_x = of_position.wants_logits = false;
   return {
       {"several tiles, ragged", {2, 4, 37, 264}},
+      {"many clips, full tiles", {40, 4, 37, 24}},
       {"padded rows", {2, 2, 19, 40}, Layout::padded, Layout::padded},
       {"frames first", {3, 4, 10, 32}, Layout::swapped, Layout::repeated},
       {"odd rows", {2, 2, 18, 33}, Layout::odd, Layout::odd},
+      {"shifted", {1, 2, 18, 40}, Layout::shifted, Layout::shifted},
       {"one number", {1, 2, 1, 1}},
       bare,
       added,
@@ -69,8 +71,8 @@ struct Setting {
         logits(2 * pairs, logits_dtype, random, c.logits_scale) {
     if (c.position) position.emplace(c.sizes.frames * c.sizes.dim, wide, random);
     for (int64_t i = 0; i < pairs; ++i)
-      weights.push_back(reference::weights_of(
-          with.subtract(with.exact(logits[2 * i]), with.exact(logits[2 * i + 1])), with));
+      weights.push_back(
+          reference::weights_of(with.subtract(with.exact(logits[2 * i]), with.exact(logits[2 * i + 1])), with));
   }
   const Input* position_or_null() const { return position ? &*position : nullptr; }
   inti::cuda::PairInterpolateShape shape() const {
@@ -93,7 +95,8 @@ void forward(Report& report, const Setting& s) {
   launch();
   synchronize();
 
-  report.check("z", z, reference::stored(reference::interpolate(s.x, s.position_or_null(), s.weights, s.with), s.dtype));
+  report.check("z", z,
+               reference::stored(reference::interpolate(s.x, s.position_or_null(), s.weights, s.with), s.dtype));
   reference::Values both;
   for (const auto& pair : s.weights) {
     both.push_back(stored(pair.first, s.logits_dtype));
@@ -133,8 +136,7 @@ void backward(Report& report, Setting& s) {
   launch();
   synchronize();
 
-  auto expected =
-      reference::interpolate_backward(s.x, s.position_or_null(), s.weights, grad_z, grad_weights, s.with);
+  auto expected = reference::interpolate_backward(s.x, s.position_or_null(), s.weights, grad_z, grad_weights, s.with);
   if (s.c.accumulate) reference::add_to(expected.x, before.values, s.dtype, s.with);
   if (s.c.wants_x) report.check("grad_x", grad_x, reference::stored(expected.x, s.dtype));
   if (s.c.wants_logits) {

@@ -1,5 +1,5 @@
-// What is right: the equations as plain loops over doubles, with the error that the kernels' precision may make of them.
-// Names and layouts are those of csrc/include/inti/cuda; x stands for x + position. A null Input isn't there.
+// What is right: the equations as plain loops over doubles, with the error that the kernels' precision may make of
+// them. Names and layouts are those of csrc/include/inti/cuda; x stands for x + position. A null Input isn't there.
 #pragma once
 
 #include <vector>
@@ -238,9 +238,9 @@ inline Values normalized(const Tokens& x, const Input* position, const Values& s
     for (int64_t t = 0; t < s.frames; ++t)
       for (int64_t n = 0; n < s.tokens; ++n)
         for (int64_t c = 0; c < s.dim; ++c)
-          result.push_back(with.add(with.multiply(standard(x, position, statistics, b, t, n, c, with),
-                                                  with.exact(weight[c])),
-                                    with.exact(bias[c])));
+          result.push_back(
+              with.add(with.multiply(standard(x, position, statistics, b, t, n, c, with), with.exact(weight[c])),
+                       with.exact(bias[c])));
   return result;
 }
 
@@ -254,7 +254,7 @@ inline NormGradients norm_backward(const Tokens& x, const Input* position, const
   const TokenSizes& s = x.sizes;
   const double dim = static_cast<double>(s.dim);
   std::vector<Sum> of_weight(static_cast<size_t>(s.dim)), of_bias = of_weight,
-                                                         of_position(static_cast<size_t>(s.frames * s.dim));
+                                                          of_position(static_cast<size_t>(s.frames * s.dim));
   NormGradients gradients;
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t t = 0; t < s.frames; ++t)

@@ -13,8 +13,8 @@ namespace standalone {
 
 // An op's results so far. One line an output:
 //   RESULT <op> <what> <dtype> max_error=<e> bound=<b> of_bound=<r> ok|FAIL  [case]
-// max_error: the largest |kernel - double loop|; bound: what was allowed there; of_bound: the largest share of its own
-// bound that any element took.
+// max_error: the largest |kernel - double loop|; bound: what was allowed there; both over the largest magnitude of the
+// output. of_bound: the largest share of its own bound that any element took, which is what decides.
 class Report {
  public:
   Report(const char* op, DType dtype, bool times) : op_(op), dtype_(dtype), times_(times) {}
@@ -34,7 +34,7 @@ class Report {
   void check(const char* what, const Array& output, const std::vector<Bounded>& expected) {
     const std::vector<double> values = output.values(what);
     if (values.size() != expected.size()) throw std::logic_error(std::string(what) + ": sizes differ");
-    double error = 0, bound = 0, share = 0;
+    double scale = 0, error = 0, bound = 0, share = 0;
     size_t worst = 0;
     for (size_t i = 0; i < values.size(); ++i) {
       double off = std::fabs(values[i] - expected[i].value);
@@ -48,16 +48,19 @@ class Report {
         share = taken;
         worst = i;
       }
+      // Numbers that are 0 but for rounding are no measure.
+      if (std::fabs(expected[i].value) > expected[i].error) scale = std::max(scale, std::fabs(expected[i].value));
     }
+    if (scale == 0) scale = 1;
     const bool ok = share <= 1;
     std::printf("RESULT %s %s %s max_error=%.3g bound=%.3g of_bound=%.3g %s  [%s]\n", op_, what,
-                format_of(output.dtype()).name, error, bound, share, ok ? "ok" : "FAIL", case_.c_str());
+                format_of(output.dtype()).name, error / scale, bound / scale, share, ok ? "ok" : "FAIL", case_.c_str());
     if (!ok) {
       std::printf("  element %zu of %zu: expected %.9g ± %.3g, got %.9g\n", worst, values.size(), expected[worst].value,
                   expected[worst].error, values[worst]);
       failed_ = true;
     }
-    max_error_ = std::max(max_error_, error);
+    max_error_ = std::max(max_error_, error / scale);
   }
 
   // Of a case that stands for real use: the median time of a launch, if times are wanted.

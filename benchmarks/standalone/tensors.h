@@ -90,9 +90,10 @@ struct Input {
 // How tokens [batch, frames, tokens, dim] lie in memory.
 enum class Layout {
   contiguous,
-  padded,   // rows 16-byte aligned, but with gaps between tokens, frames and clips
-  odd,      // rows at odd multiples of an element, and so not aligned
-  swapped,  // [frames, batch, tokens, dim]
+  padded,    // rows 16-byte aligned, but with gaps between tokens, frames and clips
+  odd,       // rows at odd multiples of an element, and so not aligned
+  swapped,   // [frames, batch, tokens, dim]
+  shifted,   // rows 16-byte aligned to each other, but not to anything else
   repeated,  // one row for all, as the gradient of a sum has it: strides of 0
 };
 
@@ -108,19 +109,23 @@ struct TokenSizes {
 struct Tokens {
   TokenSizes sizes;
   Strides strides;
+  int64_t first;  // element of array
   std::vector<double> values;
   Array array;
 
   Tokens(const TokenSizes& sizes, Layout layout, DType dtype, Random& random, double scale = 1, double offset = 0)
       : sizes(sizes),
         strides(strides_of(sizes, layout)),
+        first(layout == Layout::shifted ? 1 : 0),
         values(draw(sizes, layout, dtype, random, scale, offset)),
         array(spread(), dtype) {}
 
   double at(int64_t clip, int64_t frame, int64_t token, int64_t channel) const {
     return values[static_cast<size_t>(sizes.at(clip, frame, token, channel))];
   }
-  const void* data() const { return array.data(); }
+  const void* data() const {
+    return static_cast<const unsigned char*>(array.data()) + first * format_of(array.dtype()).bytes;
+  }
   int64_t bytes() const { return sizes.size() * format_of(array.dtype()).bytes; }  // without the gaps
 
  private:
@@ -136,18 +141,20 @@ struct Tokens {
                                   double offset) {
     std::vector<double> values = Input::draw(sizes.size(), dtype, random, scale, offset);
     if (layout == Layout::repeated)
-      for (size_t i = static_cast<size_t>(sizes.dim); i < values.size(); ++i) values[i] = values[i - static_cast<size_t>(sizes.dim)];
+      for (size_t i = static_cast<size_t>(sizes.dim); i < values.size(); ++i)
+        values[i] = values[i - static_cast<size_t>(sizes.dim)];
     return values;
   }
   std::vector<double> spread() const {
     const int64_t last = (sizes.batch - 1) * strides.batch + (sizes.frames - 1) * strides.frame +
                          (sizes.tokens - 1) * strides.token + sizes.dim;
-    std::vector<double> all(static_cast<size_t>(last), std::nan(""));
+    std::vector<double> all(static_cast<size_t>(first + last), std::nan(""));
     for (int64_t b = 0; b < sizes.batch; ++b)
       for (int64_t t = 0; t < sizes.frames; ++t)
         for (int64_t n = 0; n < sizes.tokens; ++n)
           for (int64_t c = 0; c < sizes.dim; ++c)
-            all[static_cast<size_t>(b * strides.batch + t * strides.frame + n * strides.token + c)] = at(b, t, n, c);
+            all[static_cast<size_t>(first + b * strides.batch + t * strides.frame + n * strides.token + c)] =
+                at(b, t, n, c);
     return all;
   }
 };

@@ -34,9 +34,11 @@ std::vector<Case> cases(int64_t real_clips) {
   of_position.wants_x = of_position.wants_norm = of_position.wants_bias = false;
   return {
       {"several tiles, ragged", {2, 4, 19, 88}, 136},
+      {"many clips, full tiles", {24, 4, 37, 24}, 24},
       {"several steps of channels", {1, 2, 35, 536}, 24},
       {"frames first", {3, 2, 7, 64}, 64, Layout::swapped},
       {"odd rows", {1, 2, 33, 43}, 37, Layout::odd},
+      {"shifted", {1, 2, 33, 40}, 48, Layout::shifted},
       {"one number", {1, 2, 1, 1}, 1},
       bare,
       added,

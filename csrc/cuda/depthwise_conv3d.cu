@@ -3,160 +3,10 @@
 // feeds every output that it touches.
 #include "inti/cuda/depthwise_conv3d.h"
 
-#include "depthwise_conv3d_tile.h"
+#include "depthwise_conv3d_sums.h"
 #include "partial_sums.h"
 
 namespace inti::cuda {
-
-// Sums of a thread: [patches][channels], wide.
-template <class T, int P>
-struct Sums {
-  static constexpr int C = kChannelsPerThread<T>;
-  Wide<T> at[P][C];
-  __device__ void set(const Wide<T> (&value)[C]) {
-#pragma unroll
-    for (int p = 0; p < P; ++p) {
-#pragma unroll
-      for (int c = 0; c < C; ++c) at[p][c] = value[c];
-    }
-  }
-};
-
-// Adds a frame's tile, by the taps of one time step each, to N outputs.
-// tile: at the strip's first patch and channel; taps: [3·SPACE·SPACE, kSlab] at the thread's first channel; times: the
-// time taps; turned: the taps are read from the last to the first, as the gradient of x wants them.
-template <int P, int SPACE, bool TURNED, int N, class T>
-__device__ __forceinline__ void feed(Shared<T> tile, int pitch, Shared<Wide<T>> taps, const int (&times)[N],
-                                     Sums<T, P>* const (&sums)[N]) {
-  constexpr int C = kChannelsPerThread<T>;
-#pragma unroll
-  for (int h = 0; h < SPACE; ++h) {
-    const Row<T, P, SPACE> row(tile + h * pitch * kSlab<T>);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int w = 0; w < SPACE; ++w) {
-        const int tap = (times[n] * SPACE + h) * SPACE + w;
-        const auto weight = load<C>(taps + (TURNED ? 3 * SPACE * SPACE - 1 - tap : tap) * kSlab<T>);
-#pragma unroll
-        for (int p = 0; p < P; ++p) {
-#pragma unroll
-          for (int c = 0; c < C; ++c) sums[n]->at[p][c] += weight[c] * row.at[p + w][c];
-        }
-      }
-    }
-  }
-}
-
-// The block's taps, and behind them the bias: [3·SPACE·SPACE + 1, kSlab], wide, zero where a channel doesn't exist.
-template <int TAPS, class T>
-__device__ void stage_taps(Shared<Wide<T>> to, const void* weight, const void* bias, DType dtype, int channel,
-                           int64_t dim) {
-  for (int i = threadIdx.x; i < (TAPS + 1) * kSlab<T>; i += blockDim.x) {
-    const int tap = i / kSlab<T>;
-    const int64_t c = channel + i % kSlab<T>;
-    Wide<T> value = 0;
-    if (c < dim && tap < TAPS) value = read<Wide<T>>(weight, dtype, c * TAPS + tap);
-    if (c < dim && tap == TAPS && bias) value = read<Wide<T>>(bias, dtype, c);
-    store(to + i, value);
-  }
-}
-
-// Where finished tiles go: y, or the gradient of x.
-template <class T>
-struct Output {
-  T* first;       // frame 0's first patch in this clip
-  int64_t frame;  // from frame to frame
-  int64_t dim;
-  bool accumulate;
-};
-
-// From strip to strip of a warp's finished patches in shared memory, in elements: an odd number of 32-byte rows, so
-// that the four strips lie in different banks.
-template <class T, int P>
-constexpr int kStripPitch = (P | 1) * kSlab<T>;
-
-// Writes strips of finished sums: by way of shared memory, of which every warp has its own part, so that a thread
-// writes 16 bytes; where rows aren't aligned, as they are.
-template <class T, int V, int P>
-struct Writer {
-  static constexpr int C = kChannelsPerThread<T>, kVectors = kSlab<T> / V, kStrips = 32 / kLanes;
-  static constexpr int kVectorsOfWarp = kStrips * P * kVectors, kSteps = V == 1 ? 1 : (kVectorsOfWarp + 31) / 32;
-  Output<T> out;
-  Shared<T> exchange;  // [strips of the block, kStripPitch]
-  int patch[kSteps];   // of the grid, that the thread writes in each step, or -1
-
-  __device__ Writer(const Place<T, P>& place, const Tiling& tiling, const Output<T>& out, Shared<T> exchange)
-      : out(out), exchange(exchange + threadIdx.x / 32 * kStrips * kStripPitch<T, P>) {
-    if (out.first) this->out.first += place.channel;
-    if constexpr (V > 1) {
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const int number = threadIdx.x % 32 + 32 * i;
-        const int strip = threadIdx.x / 32 * kStrips + number / (P * kVectors);
-        const int row = place.top + strip % tiling.rows;
-        const int column = place.left + strip / tiling.rows * P + number / kVectors % P;
-        const bool there = number < kVectorsOfWarp && strip < tiling.rows * tiling.strips && row < place.height &&
-                           column < place.width && place.channel + number % kVectors * V < out.dim;
-        patch[i] = there ? row * place.width + column : -1;
-      }
-    }
-  }
-
-  __device__ void write(const Sums<T, P>& sums, const Place<T, P>& place, int frame) const {
-    T* to = out.first + frame * out.frame;
-    if constexpr (V == 1) {
-#pragma unroll
-      for (int p = 0; p < P; ++p) {
-        if (!place.inside(p)) continue;
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-          if (place.channel + place.lane * C + c >= out.dim) continue;
-          T* at = to + place.patch(p) * out.dim + place.lane * C + c;
-          store(at, narrow<T>(out.accumulate ? sums.at[p][c] + widen(load(at)) : sums.at[p][c]));
-        }
-      }
-    } else {
-      const int lane = threadIdx.x % 32;
-#pragma unroll
-      for (int p = 0; p < P; ++p) {
-        Vec<Wide<T>, C> value;
-#pragma unroll
-        for (int c = 0; c < C; ++c) value[c] = sums.at[p][c];
-        store(exchange + (place.strip % kStrips * kStripPitch<T, P> + p * kSlab<T> + place.lane * C), narrow<T>(value));
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (patch[i] < 0) continue;
-        const int number = lane + 32 * i, vector = number % (P * kVectors);
-        auto value = load<V>(exchange + (number / (P * kVectors) * kStripPitch<T, P> + vector * V));
-        T* at = to + patch[i] * out.dim + vector % kVectors * V;
-        if (out.accumulate) {
-          auto sum = widen(value);
-          const auto old = widen(load<V>(at));
-#pragma unroll
-          for (int k = 0; k < V; ++k) sum[k] += old[k];
-          value = narrow<T>(sum);
-        }
-        store(at, value);
-      }
-      __syncwarp();
-    }
-  }
-};
-
-// The prefix tokens have no place on the grid: zero.
-template <int V, int P, class T>
-__device__ void clear_prefix(const Place<T, P>& place, const Output<T>& out, int prefix, int begin, int end) {
-  constexpr int kVectors = kSlab<T> / V;
-  const int per_frame = prefix * kVectors;
-  for (int i = threadIdx.x; i < (end - begin) * per_frame; i += blockDim.x) {
-    const int64_t frame = begin + i / per_frame;
-    const int token = i % per_frame / kVectors, channel = place.channel + i % kVectors * V;
-    if (channel < out.dim) store(out.first + frame * out.frame + (token - prefix) * out.dim + channel, Vec<T, V>{});
-  }
-}
 
 // --- Forward ---------------------------------------------------------------------------------------------------------
 
@@ -180,70 +30,70 @@ template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 
 template <class T, int V, int P, int SPACE, int STRIDE>
-__global__ void __launch_bounds__(kLanes* kMostStrips, kBlocks<T>)
+__global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T>)
     depthwise_conv3d_forward_kernel(const ConvolutionForward<T> p) {
   constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
   const int out_frames = p.frames / STRIDE, patches = p.height * p.width;
   const Place<T, P> place(p.tiling, p.height, p.width, out_frames);
-  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips), size = (p.tiling.rows + SPACE - 1) * pitch * kSlab<T>;
-  const Shared<Wide<T>> taps = dynamic_shared<Wide<T>>(0);
-  constexpr int kTapBytes = (TAPS + 1) * kSlab<T> * sizeof(Wide<T>);
-  const Shared<T> buffers = dynamic_shared<T>(kTapBytes), exchange = buffers + 2 * size;
+  const Layout<T, V, P, SPACE> layout(p.tiling);
+  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips);
+  const Shared<Wide<T>> taps = dynamic_shared<Wide<T>>(layout.taps);
+  const Shared<T> buffers = dynamic_shared<T>(layout.tiles);
+  const Shared<int64_t> offsets = dynamic_shared<int64_t>(layout.offsets);
   stage_taps<TAPS, T>(taps, p.weight, p.bias, p.parameter_dtype, place.channel, p.dim);
-  const Output<T> out{p.y + (place.clip * out_frames * (p.prefix + patches) + p.prefix) * p.dim,
+  const Output<T> out{p.y + (static_cast<int64_t>(place.clip) * out_frames * (p.prefix + patches) + p.prefix) * p.dim,
                       (p.prefix + patches) * p.dim, p.dim, false};
   if (place.tile == 0) clear_prefix<V>(place, out, p.prefix, place.first, place.last);
 
-  const Writer<T, V, P> writer(place, p.tiling, out, exchange);
+  const Writer<T, V, P> writer(place, p.tiling, out, dynamic_shared<T>(layout.exchange),
+                               offsets + 2 * kItems<T, V> * blockDim.x);
 
-  const T* x = p.x + place.clip * p.x_strides.batch + p.prefix * p.x_strides.token;
-  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{x, p.x_strides.frame, p.x_strides.token}, p.position, p.dim);
+  const T* x = p.x + static_cast<int64_t>(place.clip) * p.x_strides.batch + p.prefix * p.x_strides.token;
+  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{x, p.x_strides.frame, p.x_strides.token}, p.position, p.dim,
+                                offsets);
   const Shared<Wide<T>> own_taps = taps + place.lane * C;
   const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
   Sums<T, P> before, at, behind;  // the outputs that a frame feeds, by its time taps 2, 1 and 0
-  Wide<T> start[C] = {};
 
   // The first frame feeds the first output by its time tap 0, or does not exist.
   int begin = STRIDE * place.first - 1, end = STRIDE == 1 ? place.last + 1 : STRIDE * place.last;
   const bool opens = begin >= 0;
   if (!opens) begin = 0;
   if (end > p.frames) end = p.frames;
-  at.set(start);
-  behind.set(start);
-  walk(stager, buffers, size, begin, end, [&](int frame, Shared<T> tile) {
+  walk(stager, buffers, layout.tile, begin, end, [&](int frame, Shared<T> tile) {
+    // Outputs start from the bias, which stays in shared memory.
+    const auto open = [&](Sums<T, P>& sums) { sums.set(load<C>(own_taps + TAPS * kSlab<T>)); };
     if (frame == begin) {
-#pragma unroll
-      for (int c = 0; c < C; ++c) start[c] = load(own_taps + TAPS * kSlab<T> + c);  // the bias
-      at.set(start);
-      behind.set(start);
+      open(at);
+      open(behind);
     }
     tile = tile + own;
     if (STRIDE == 2) {
       if (frame % 2 == 0) {
-        if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {1}, {&at});
+        if (place.live()) feed<P, SPACE, false>(tile, pitch, own_taps, {1}, {&at});
         return;
       }
       if (frame == begin && opens) {
-        if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {0}, {&at});
+        if (place.live()) feed<P, SPACE, false>(tile, pitch, own_taps, {0}, {&at});
         return;
       }
-      if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {2, 0}, {&at, &behind});
+      if (place.live()) feed<P, SPACE, false>(tile, pitch, own_taps, {2, 0}, {&at, &behind});
       writer.write(at, place, frame / 2);
       at = behind;
-      behind.set(start);
+      open(behind);
     } else {
       if (frame == begin && opens) {
-        if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {0}, {&at});
+        if (place.live()) feed<P, SPACE, false>(tile, pitch, own_taps, {0}, {&at});
         return;
       }
       if (frame == place.first) {  // at: this frame's output; behind: the next one's
-        if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {1, 0}, {&at, &behind});
+        if (place.live()) feed<P, SPACE, false>(tile, pitch, own_taps, {1, 0}, {&at, &behind});
         return;
       }
       before = at;
       at = behind;
-      behind.set(start);
-      if (place.live) feed<P, SPACE, false>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
+      open(behind);
+      if (place.live()) feed<P, SPACE, false>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
       writer.write(before, place, frame - 1);
     }
   });
@@ -267,59 +117,36 @@ struct ConvolutionBackwardX {
   Tiling tiling;      // of grad_y's frames
 };
 
-// The sum of a finished tile over its patches, which is the position's gradient: over the strip in registers, over the
-// warp's strips by shuffles, over the warps in shared memory, [warps, kSlab]. Two barriers.
-template <int P, class T>
-__device__ void sum_tile(const Sums<T, P>& sums, const Place<T, P>& place, Shared<Wide<T>> shared, Wide<T>* to,
-                         int64_t dim) {
-  constexpr int C = kChannelsPerThread<T>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    Wide<T> sum = 0;
-#pragma unroll
-    for (int p = 0; p < P; ++p) sum += place.inside(p) ? sums.at[p][c] : 0;
-    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-    if (lane < kLanes) store(shared + warp * kSlab<T> + lane * C + c, sum);
-  }
-  __syncthreads();
-  const int channel = threadIdx.x;
-  if (channel < kSlab<T> && place.channel + channel < dim) {
-    Wide<T> sum = 0;
-    for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += load(shared + w * kSlab<T> + channel);
-    store(to + place.channel + channel, sum);
-  }
-  __syncthreads();
-}
-
 // The gather form: every element of grad_x is written by one block, once. grad_y's frames are what is walked along, and
 // an open frame of grad_x takes the taps turned round. Occupancy as the forward's.
 template <class T, int V, int P, int SPACE, int STRIDE>
-__global__ void __launch_bounds__(kLanes* kMostStrips, kBlocks<T>)
+__global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T>)
     depthwise_conv3d_backward_x_kernel(const ConvolutionBackwardX<T> p) {
   constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
   const int out_frames = p.frames / STRIDE, patches = p.height * p.width;
   const Place<T, P> place(p.tiling, p.height, p.width, out_frames);
-  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips), size = (p.tiling.rows + SPACE - 1) * pitch * kSlab<T>;
-  const Shared<Wide<T>> taps = dynamic_shared<Wide<T>>(0);
-  constexpr int kTapBytes = (TAPS + 1) * kSlab<T> * sizeof(Wide<T>);
-  const Shared<Wide<T>> warp_sums = dynamic_shared<Wide<T>>(kTapBytes);  // [8, kSlab]
-  constexpr int kSumBytes = kMostStrips * kLanes / 32 * kSlab<T> * sizeof(Wide<T>);
-  const Shared<T> buffers = dynamic_shared<T>(kTapBytes + kSumBytes), exchange = buffers + 2 * size;
+  const Layout<T, V, P, SPACE> layout(p.tiling);
+  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips);
+  const Shared<Wide<T>> taps = dynamic_shared<Wide<T>>(layout.taps);
+  const Shared<Wide<T>> warp_sums = dynamic_shared<Wide<T>>(layout.sums);
+  const Shared<T> buffers = dynamic_shared<T>(layout.tiles);
+  const Shared<int64_t> offsets = dynamic_shared<int64_t>(layout.offsets);
   stage_taps<TAPS, T>(taps, p.weight, nullptr, p.parameter_dtype, place.channel, p.dim);
   const int64_t frame_size = (p.prefix + patches) * p.dim;
-  T* grad_x = p.grad_x ? p.grad_x + place.clip * p.frames * frame_size + p.prefix * p.dim : nullptr;
+  T* grad_x =
+      p.grad_x ? p.grad_x + static_cast<int64_t>(place.clip) * p.frames * frame_size + p.prefix * p.dim : nullptr;
   const Output<T> out{grad_x, frame_size, p.dim, p.accumulate};
-  const Writer<T, V, P> writer(place, p.tiling, out, exchange);
+  const Writer<T, V, P> writer(place, p.tiling, out, dynamic_shared<T>(layout.exchange),
+                               offsets + 2 * kItems<T, V> * blockDim.x);
   if (place.tile == 0 && grad_x && !p.accumulate)
     clear_prefix<V>(place, out, p.prefix, STRIDE * place.first, STRIDE * place.last);
   Wide<T>* partials = p.partials;
-  if (partials) partials += (place.clip * p.tiling.tiles + place.tile) * p.frames * p.dim;
+  if (partials) partials += (static_cast<int64_t>(place.clip) * p.tiling.tiles + place.tile) * p.frames * p.dim;
 
-  const T* grad_y = p.grad_y + place.clip * p.grad_strides.batch + p.prefix * p.grad_strides.token;
+  const T* grad_y =
+      p.grad_y + static_cast<int64_t>(place.clip) * p.grad_strides.batch + p.prefix * p.grad_strides.token;
   const Frames<T> frames{grad_y, p.grad_strides.frame, p.grad_strides.token};
-  Stager<T, V, P, SPACE> stager(place, p.tiling, frames, nullptr, p.dim);
+  Stager<T, V, P, SPACE> stager(place, p.tiling, frames, nullptr, p.dim, offsets);
   const Shared<Wide<T>> own_taps = taps + place.lane * C;
   const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
   const auto finish_frame = [&](const Sums<T, P>& sums, int frame) {
@@ -327,7 +154,7 @@ __global__ void __launch_bounds__(kLanes* kMostStrips, kBlocks<T>)
     if (partials) sum_tile(sums, place, warp_sums, partials + frame * p.dim, p.dim);
   };
   Sums<T, P> before, at, behind;
-  const Wide<T> zero[C] = {};
+  const Vec<Wide<T>, C> zero{};
   before.set(zero);
   at.set(zero);
   behind.set(zero);
@@ -336,35 +163,35 @@ __global__ void __launch_bounds__(kLanes* kMostStrips, kBlocks<T>)
   int begin = place.first, end = place.last + 1;
   if (STRIDE == 1 && begin > 0) --begin;
   if (end > out_frames) end = out_frames;
-  walk(stager, buffers, size, begin, end, [&](int frame, Shared<T> tile) {
+  walk(stager, buffers, layout.tile, begin, end, [&](int frame, Shared<T> tile) {
     tile = tile + own;
     if (STRIDE == 2) {
       // Frame j of grad_y feeds frames 2j - 1, 2j and 2j + 1 of grad_x by the taps 0, 1 and 2.
       before = behind;
       if (frame == place.last) {
-        if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {2}, {&before});
+        if (place.live()) feed<P, SPACE, true>(tile, pitch, own_taps, {2}, {&before});
         return;
       }
       at.set(zero);
       behind.set(zero);
-      if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
+      if (place.live()) feed<P, SPACE, true>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
       if (frame > place.first) finish_frame(before, 2 * frame - 1);
       finish_frame(at, 2 * frame);
       before = behind;
     } else {
       // Frame j feeds frames j - 1, j and j + 1 by the taps 0, 1 and 2.
       if (frame < place.first) {
-        if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {0}, {&at});
+        if (place.live()) feed<P, SPACE, true>(tile, pitch, own_taps, {0}, {&at});
         return;
       }
       if (frame == place.first) {
-        if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {1, 0}, {&at, &behind});
+        if (place.live()) feed<P, SPACE, true>(tile, pitch, own_taps, {1, 0}, {&at, &behind});
         return;
       }
       before = at;
       at = behind;
       behind.set(zero);
-      if (place.live) feed<P, SPACE, true>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
+      if (place.live()) feed<P, SPACE, true>(tile, pitch, own_taps, {2, 1, 0}, {&before, &at, &behind});
       finish_frame(before, frame - 1);
     }
   });
@@ -391,45 +218,47 @@ struct ConvolutionBackwardWeight {
 // with the gradients of the outputs that it feeds: a strip's gradients are loaded once, straight into registers (the
 // eight threads of a slab read whole sectors). 256 threads, 1 block an SM (255 registers): 27 sums a channel.
 template <class T, int V, int P, int SPACE, int STRIDE>
-__global__ void __launch_bounds__(kLanes* kMostStrips, 1)
+__global__ void __launch_bounds__(kLanes* kMostStrips<T>, 1)
     depthwise_conv3d_backward_weight_kernel(const ConvolutionBackwardWeight<T> p) {
   using W = Wide<T>;
   constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
   const int out_frames = p.frames / STRIDE;
   const Place<T, P> place(p.tiling, p.height, p.width, out_frames);
-  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips), size = (p.tiling.rows + SPACE - 1) * pitch * kSlab<T>;
-  const Shared<W> shared = dynamic_shared<W>(0);   // [warps, kSlab, TAPS + 1]
-  const Shared<T> buffers = dynamic_shared<T>(0);  // before the sums need it
-  const T* x = p.x + place.clip * p.x_strides.batch + p.prefix * p.x_strides.token;
-  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{x, p.x_strides.frame, p.x_strides.token}, p.position, p.dim);
+  const Layout<T, V, P, SPACE> layout(p.tiling);
+  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips);
+  const Shared<T> buffers = dynamic_shared<T>(layout.tiles);
+  const Shared<int64_t> offsets = dynamic_shared<int64_t>(layout.offsets);
+  const Shared<W> shared = dynamic_shared<W>(0);  // [warps, kSlab, TAPS + 1], when the tiles are done with
+  const T* x = p.x + static_cast<int64_t>(place.clip) * p.x_strides.batch + p.prefix * p.x_strides.token;
+  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{x, p.x_strides.frame, p.x_strides.token}, p.position, p.dim,
+                                offsets);
   const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
   const int64_t channel = place.channel + place.lane * C;
-  const T* grad_y = p.grad_y + place.clip * p.grad_strides.batch + p.prefix * p.grad_strides.token + channel;
+  const T* grad_y =
+      p.grad_y + static_cast<int64_t>(place.clip) * p.grad_strides.batch + p.prefix * p.grad_strides.token + channel;
 
   W sums[TAPS + 1][C] = {};
-  Vec<T, C> grads[3][P] = {};  // of the outputs that a frame feeds by its time taps 0, 1 and 2
-  Vec<T, C> incoming[P];       // of the next output, under way
+  Loaded<T, C> grads[3][P] = {};  // of the outputs that a frame feeds by its time taps 0, 1 and 2
+  Loaded<T, C> incoming[P];       // of the next output, under way
   const auto fetch = [&](int out) {
 #pragma unroll
     for (int i = 0; i < P; ++i) {
-      incoming[i] = Vec<T, C>{};
-      if (out >= place.last || !place.inside(i)) continue;
+      incoming[i] = {};
+      if (out >= place.last || !place.inside(i) || channel >= p.dim) continue;
       const T* at = grad_y + out * p.grad_strides.frame + place.patch(i) * p.grad_strides.token;
-      if constexpr (V >= C) {
-        if (channel < p.dim) incoming[i] = load<C>(at);
-      } else {
-#pragma unroll
-        for (int c = 0; c < C; ++c)
-          if (channel + c < p.dim) incoming[i][c] = load(at + c);
-      }
+      if constexpr (V >= C)
+        incoming[i] = start_load<C>(at);
+      else
+        incoming[i] = loaded(Vec<T, C>{{load(at), channel + 1 < p.dim ? load(at + 1) : T{}}});
     }
   };
   const auto arrive = [&] {
 #pragma unroll
     for (int i = 0; i < P; ++i) {
       grads[0][i] = incoming[i];
+      const auto grad = widen(incoming[i].numbers());
 #pragma unroll
-      for (int c = 0; c < C; ++c) sums[TAPS][c] += widen(incoming[i][c]);
+      for (int c = 0; c < C; ++c) sums[TAPS][c] += grad[c];
     }
   };
   const auto shift = [&](int from, int to) {
@@ -445,7 +274,7 @@ __global__ void __launch_bounds__(kLanes* kMostStrips, 1)
         if (!(time == 0 ? at_zero : time == 1 ? at_one : at_two)) continue;
 #pragma unroll
         for (int i = 0; i < P; ++i) {
-          const auto grad = widen(grads[time][i]);
+          const auto grad = widen(grads[time][i].numbers());
 #pragma unroll
           for (int w = 0; w < SPACE; ++w) {
 #pragma unroll
@@ -465,22 +294,22 @@ __global__ void __launch_bounds__(kLanes* kMostStrips, 1)
     fetch(1);
   }
   if (end > p.frames) end = p.frames;
-  walk(stager, buffers, size, begin, end, [&](int frame, Shared<T> tile) {
+  walk(stager, buffers, layout.tile, begin, end, [&](int frame, Shared<T> tile) {
     tile = tile + own;
     if (STRIDE == 2) {
       if (frame % 2 == 0) {
-        if (place.live) add(tile, false, true, false);
+        if (place.live()) add(tile, false, true, false);
         shift(1, 2);
       } else {
         arrive();
         fetch((frame + 1) / 2 + 1);
-        if (place.live) add(tile, true, false, true);  // nothing is at 2 in the first frame: zeros
+        if (place.live()) add(tile, true, false, true);  // nothing is at 2 in the first frame: zeros
         shift(0, 1);
       }
     } else {
       arrive();
       fetch(frame + 2);
-      if (place.live) add(tile, true, true, true);
+      if (place.live()) add(tile, true, true, true);
       shift(1, 2);
       shift(0, 1);
     }
@@ -498,7 +327,7 @@ __global__ void __launch_bounds__(kLanes* kMostStrips, 1)
     }
   }
   __syncthreads();
-  W* partials = p.partials + (place.part * p.dim + place.channel) * (TAPS + 1);
+  W* partials = p.partials + (static_cast<int64_t>(place.part) * p.dim + place.channel) * (TAPS + 1);
   for (int i = threadIdx.x; i < kSlab<T> * (TAPS + 1); i += blockDim.x) {
     if (place.channel + i / (TAPS + 1) >= p.dim) break;
     W sum = 0;
@@ -530,7 +359,7 @@ struct StoreTaps {
 
 template <class T>
 Tiling tiling_of(const DepthwiseConv3dShape& s, int patches) {
-  return tile_frames(s.batch, s.height, s.width, s.dim, s.frames / s.temporal_stride, kSlab<T>, patches);
+  return tile_frames<T>(s.batch, s.height, s.width, s.dim, s.frames / s.temporal_stride, patches);
 }
 
 // Patches of a strip; a number of 16-bit 3×3×3 only is worth a second set of kernels.
@@ -571,17 +400,6 @@ void with_shape(const DepthwiseConv3dShape& s, bool full_width, F f) {
     with_patches(Constant<1>{});
 }
 
-template <class T, int P, int SPACE>
-int tile_bytes(const Tiling& tiling) {
-  return (tiling.rows + SPACE - 1) * tile_pitch<P, SPACE>(tiling.strips) * kSlab<T> * static_cast<int>(sizeof(T));
-}
-template <class T, int P>
-int exchange_bytes(const Tiling& tiling) {
-  return tiling.threads / kLanes * kStripPitch<T, P> * static_cast<int>(sizeof(T));
-}
-template <class T, int SPACE>
-constexpr int kTapBytes = (3 * SPACE * SPACE + 1) * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
-
 int64_t blocks(const DepthwiseConv3dShape& s, const Tiling& t) { return s.batch * t.slabs * t.tiles * t.runs; }
 
 template <class T>
@@ -609,8 +427,8 @@ void forward(const DepthwiseConv3dForward& p) {
                                   static_cast<const Wide<T>*>(p.position),
                                   static_cast<T*>(p.y),
                                   t};
-    const int shared = kTapBytes<T, SPACE> + 2 * tile_bytes<T, P, SPACE>(t) + exchange_bytes<T, P>(t);
-    const Launch how{"depthwise_conv3d_forward_kernel", blocks(s, t), t.threads, shared, p.stream};
+    const Launch how{"depthwise_conv3d_forward_kernel", blocks(s, t), t.threads, Layout<T, V, P, SPACE>(t).bytes,
+                     p.stream};
     launch(depthwise_conv3d_forward_kernel<T, V, P, SPACE, STRIDE>, how, q);
   });
 }
@@ -636,9 +454,8 @@ void backward_x(const DepthwiseConv3dBackward& p) {
                                     p.accumulate,
                                     partials,
                                     t};
-    const int sums = kMostStrips * kLanes / 32 * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
-    const int shared = kTapBytes<T, SPACE> + sums + 2 * tile_bytes<T, P, SPACE>(t) + exchange_bytes<T, P>(t);
-    const Launch how{"depthwise_conv3d_backward_x_kernel", blocks(s, t), t.threads, shared, p.stream};
+    const Launch how{"depthwise_conv3d_backward_x_kernel", blocks(s, t), t.threads, Layout<T, V, P, SPACE>(t).bytes,
+                     p.stream};
     launch(depthwise_conv3d_backward_x_kernel<T, V, P, SPACE, STRIDE>, how, q);
     if (partials) {
       const StoreAs to{p.grad_position, sizeof(Wide<T>) == 8 ? DType::float64 : DType::float32};
@@ -667,7 +484,8 @@ void backward_weight(const DepthwiseConv3dBackward& p) {
                                          static_cast<const Wide<T>*>(p.position),
                                          static_cast<Wide<T>*>(p.weight_partials),
                                          t};
-    const int sums = t.threads / 32 * kTapBytes<T, SPACE>, tiles = 2 * tile_bytes<T, P, SPACE>(t);
+    const int sums = t.threads / 32 * (3 * SPACE * SPACE + 1) * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
+    const int tiles = Layout<T, V, P, SPACE>(t).exchange;  // which it does not use
     const Launch how{"depthwise_conv3d_backward_weight_kernel", blocks(s, t), t.threads, sums > tiles ? sums : tiles,
                      p.stream};
     launch(depthwise_conv3d_backward_weight_kernel<T, V, P, SPACE, STRIDE>, how, q);

@@ -10,8 +10,6 @@
 namespace inti::cuda {
 
 constexpr int kLanes = 8;                // threads across a slab's channels
-constexpr int kMostStrips = 32;          // of a tile: 256 threads
-constexpr int kMostAcross = 6;           // strips side by side, which leaves room for kLeastRows
 constexpr int kLeastRows = 5;            // of a tile, or all rows: with fewer most of what is loaded would be halo
 constexpr int kConvolutionBlocks = 160;  // two for each of V100's 80 multiprocessors
 
@@ -19,6 +17,12 @@ template <class T>
 constexpr int kChannelsPerThread = sizeof(T) == 2 ? 2 : 1;
 template <class T>
 constexpr int kSlab = kLanes * kChannelsPerThread<T>;
+// Strips of a tile: 256 threads; 128 in float64, whose tiles take twice the shared memory.
+template <class T>
+constexpr int kMostStrips = sizeof(T) == 8 ? 16 : 32;
+// Strips side by side, which leaves room for kLeastRows.
+template <class T>
+constexpr int kMostAcross = kMostStrips<T> / kLeastRows;
 
 // How patches, channels and frames are shared out; the same for all threads of a launch.
 struct Tiling {
@@ -46,8 +50,8 @@ struct Place {
   int row, column;  // of its strip inside the tile; column in patches
   int first, last;  // output frames of the run
   int tile;
-  int64_t clip, part;  // part: (clip, run, tile) in one number
-  bool live;           // it has a strip
+  unsigned clip, part;  // part: (clip, run, tile) in one number
+  unsigned mask;        // bit p: patch p of the thread's strip is on the grid
 
   __device__ Place(const Tiling& tiling, int height, int width, int out_frames) : height(height), width(width) {
     unsigned rest = blockIdx.x;
@@ -67,11 +71,21 @@ struct Place {
     // Rows first: the four strips of a warp are rows below each other, an odd pitch apart, in different banks.
     row = strip % tiling.rows;
     column = strip / tiling.rows * P;
-    live = strip < tiling.rows * tiling.strips;
+    const bool live = strip < tiling.rows * tiling.strips;
+    const int there = width - left - column;
+    mask = !live || top + row >= height || there <= 0 ? 0 : there < P ? (1u << there) - 1 : (1u << P) - 1;
   }
-  // Whether patch p of the strip is on the grid.
-  __device__ bool inside(int p) const { return live && top + row < height && left + column + p < width; }
+  __device__ bool live() const { return mask; }
+  __device__ bool inside(int p) const { return mask >> p & 1; }
   __device__ int64_t patch(int p) const { return static_cast<int64_t>(top + row) * width + left + column + p; }
+};
+
+// Offsets that a thread needs once a frame, [N, threads]. In shared memory: the sums leave no registers for them.
+template <int N>
+struct Offsets {
+  Shared<int64_t> at;
+  __device__ void set(int i, int64_t offset) const { store(at + (i * blockDim.x + threadIdx.x), offset); }
+  __device__ int64_t get(int i) const { return load(at + (i * blockDim.x + threadIdx.x)); }
 };
 
 // Patches from row to row of a tile in shared memory: odd, so that the rows that a warp reads lie in different banks.
@@ -80,28 +94,67 @@ __device__ __host__ constexpr int tile_pitch(int strips) {
   return (strips * P + SPACE - 1) | 1;
 }
 
+// From strip to strip of a warp's finished patches in shared memory, in elements: an odd number of rows of a slab, so
+// that the four strips lie in different banks.
+template <class T, int P>
+constexpr int kStripPitch = (P | 1) * kSlab<T>;
+
+// 16-byte vectors that a thread brings in of a frame, and writes of one.
+//
+// A thread never brings more: a tile's (rows + 2)·(8·strips + 2) patches of kVectors each over 8·rows·strips threads,
+// with five rows or more and, where it has a halo on both sides, three strips or more.
+template <class T, int V>
+constexpr int kItems = V == 1 ? 1 : kSlab<T> / V * 3 / 2;
+template <class T, int V, int P>
+constexpr int kSteps = V == 1 ? 1 : (32 / kLanes * P * kSlab<T> / V + 31) / 32;
+
+// The parts of a block's shared memory, by byte offsets.
+template <class T, int V, int P, int SPACE>
+struct Layout {
+  int taps;      // [3·SPACE·SPACE + 1, kSlab], wide
+  int sums;      // [warps, kSlab], wide
+  int offsets;   // [2·kItems + kSteps, threads], int64_t
+  int tiles;     // two of [rows + SPACE - 1, pitch, kSlab]
+  int tile;      // elements of one
+  int exchange;  // [strips, kStripPitch]
+  int bytes;     // in all
+  __device__ __host__ explicit Layout(const Tiling& tiling) {
+    constexpr int kNumber = sizeof(T), kWide = sizeof(Wide<T>);
+    tile = (tiling.rows + SPACE - 1) * tile_pitch<P, SPACE>(tiling.strips) * kSlab<T>;
+    taps = 0;
+    sums = taps + (3 * SPACE * SPACE + 1) * kSlab<T> * kWide;
+    offsets = sums + tiling.threads / 32 * kSlab<T> * kWide;
+    tiles = offsets + (2 * kItems<T, V> + kSteps<T, V, P>)*tiling.threads * 8;
+    exchange = tiles + 2 * tile * kNumber;
+    bytes = exchange + tiling.threads / kLanes * kStripPitch<T, P> * kNumber;
+  }
+};
+
 // Brings the patches of one frame into shared memory, [rows + SPACE - 1, pitch, kSlab]; what lies outside the grid
 // stays as clear() leaves it, zero. With V of 16 bytes a thread has at most kItems of them, which it fetches into
 // registers before it computes, and puts down after; single elements go straight through.
 template <class T, int V, int P, int SPACE>
 struct Stager {
-  static constexpr int kVectors = kSlab<T> / V;
-  // A thread never has more: a tile's (rows + 2)·(8·strips + 2) patches of kVectors each over 8·rows·strips threads,
-  // with five rows or more and four strips or more, or without a halo on the sides where the grid ends.
-  static constexpr int kItems = V == 1 ? 1 : kVectors * 3 / 2;
+  static constexpr int kVectors = kSlab<T> / V, kItems = inti::cuda::kItems<T, V>;
 
   Frames<T> frames;
-  const Wide<T>* position;             // of frame 0, at the slab's first channel; or null
-  int64_t position_step;               // from frame to frame
-  int top, left, rows, columns;        // what is loaded: the tile and its halo, on the grid
-  int width, corner, pitch;            // corner: place of (top, left) in a buffer, in patches
-  int channels;                        // of the slab that exist
-  int source[kItems], target[kItems];  // of a thread's vectors: patch of the grid, or -1; place in a buffer
-  Vec<T, V> held[kItems];
+  const Wide<T>* position;       // of frame 0, at the slab's first channel; or null
+  int64_t position_step;         // from frame to frame
+  int top, left, rows, columns;  // what is loaded: the tile and its halo, on the grid
+  int width, corner, pitch;      // corner: place of (top, left) in a buffer, in patches
+  int channels;                  // of the slab that exist
+  Offsets<kItems> sources;       // of a thread's vectors in a frame, or -1
+  Offsets<kItems> targets;       // in a buffer
+  Loaded<T, V> held[kItems];
 
   __device__ Stager(const Place<T, P>& place, const Tiling& tiling, Frames<T> frames, const Wide<T>* position,
-                    int64_t dim)
-      : frames(frames), position(position), position_step(dim), width(place.width) {
+                    int64_t dim, Shared<int64_t> offsets)
+      : frames(frames),
+        position(position),
+        position_step(dim),
+        width(place.width),
+        sources{offsets},
+        targets{offsets + kItems * blockDim.x} {
     constexpr int halo = SPACE / 2;
     pitch = tile_pitch<P, SPACE>(tiling.strips);
     top = place.top - halo > 0 ? place.top - halo : 0;
@@ -115,7 +168,12 @@ struct Stager {
     if (position) this->position += place.channel;
     if constexpr (V > 1) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) find(threadIdx.x + i * blockDim.x, source[i], target[i]);
+      for (int i = 0; i < kItems; ++i) {
+        int patch, target;
+        find(threadIdx.x + i * blockDim.x, patch, target);
+        targets.set(i, target);
+        sources.set(i, patch < 0 ? -1 : patch * this->frames.token + channel());
+      }
     }
   }
   __device__ static void clear(Shared<T> buffers, int elements) {
@@ -132,39 +190,54 @@ struct Stager {
   // Threads are a multiple of kVectors, so all vectors of a thread are of the same channels.
   __device__ int channel() const { return threadIdx.x % kVectors * V; }
 
-  __device__ Vec<T, V> with_position(const Vec<T, V>& value, int frame) const {
-    if (!position) return value;
+  // The thread's channels of a frame's position, all its vectors'. Only where there is a position.
+  __device__ Vec<Wide<T>, V> position_of(int frame) const {
     constexpr int step = V * sizeof(Wide<T>) > 16 ? 16 / sizeof(Wide<T>) : V;
-    const Wide<T>* row = position + frame * position_step + channel();
-    Vec<Wide<T>, V> sum = widen(value);
+    const Wide<T>* from = position + frame * position_step + channel();
+    Vec<Wide<T>, V> row;
 #pragma unroll
     for (int i = 0; i < V; i += step) {
-      const auto added = load<step>(row + i);
+      const auto part = load<step>(from + i);
 #pragma unroll
-      for (int k = 0; k < step; ++k) sum[i + k] += added[k];
+      for (int k = 0; k < step; ++k) row[i + k] = part[k];
     }
+    return row;
+  }
+  __device__ static Vec<T, V> sum(const Vec<T, V>& value, const Vec<Wide<T>, V>& position) {
+    Vec<Wide<T>, V> sum = widen(value);
+#pragma unroll
+    for (int k = 0; k < V; ++k) sum[k] += position[k];
     return narrow<T>(sum);
   }
 
   __device__ void fetch(int frame) {
     if constexpr (V > 1) {
-      const T* from = frames.first + frame * frames.frame + channel();
+      const T* from = frames.first + frame * frames.frame;
 #pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (source[i] >= 0) held[i] = load<V>(from + source[i] * frames.token);
+      for (int i = 0; i < kItems; ++i) {
+        const int64_t source = sources.get(i);
+        if (source >= 0) held[i] = start_load<V>(from + source);
+      }
     }
   }
   __device__ void put(Shared<T> buffer, int frame) const {
+    Vec<Wide<T>, V> row;
+    const bool exists = channel() < channels;
+    if (position && exists) row = position_of(frame);
     if constexpr (V > 1) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (source[i] >= 0) store(buffer + target[i], with_position(held[i], frame));
-    } else {
+      for (int i = 0; i < kItems; ++i) {
+        if (sources.get(i) < 0) continue;
+        const auto value = held[i].numbers();
+        store(buffer + static_cast<int>(targets.get(i)), position ? sum(value, row) : value);
+      }
+    } else if (exists) {
       const T* first = frames.first + frame * frames.frame + channel();
       for (int item = threadIdx.x; item < items(); item += blockDim.x) {
         int from, to;
         find(item, from, to);
-        if (from >= 0) store(buffer + to, with_position(load<V>(first + from * frames.token), frame));
+        const auto value = load<V>(first + from * frames.token);
+        store(buffer + to, position ? sum(value, row) : value);
       }
     }
   }
@@ -188,21 +261,6 @@ __device__ __forceinline__ void walk(S& stager, Shared<T> buffers, int size, int
   }
 }
 
-// The strip's patches and what lies beside them, of row `row` of a tile: [P + SPACE - 1][channels of the thread].
-template <class T, int P, int SPACE>
-struct Row {
-  static constexpr int C = kChannelsPerThread<T>;
-  Wide<T> at[P + SPACE - 1][C];
-  __device__ Row(Shared<T> row) {
-#pragma unroll
-    for (int p = 0; p < P + SPACE - 1; ++p) {
-      const auto values = widen(load<C>(row + p * kSlab<T>));
-#pragma unroll
-      for (int c = 0; c < C; ++c) at[p][c] = values[c];
-    }
-  }
-};
-
 #ifndef __CUDACC_RTC__
 
 // Patches of a strip: 7 where that wastes fewer threads on the grid's width than 8, for 16-bit 3×3×3.
@@ -214,19 +272,19 @@ inline int strip_patches(int64_t width, bool seven_built) {
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // The run is as long as leaves kConvolutionBlocks blocks: frames at its ends are read twice.
-inline Tiling tile_frames(int64_t batch, int64_t height, int64_t width, int64_t dim, int64_t out_frames, int slab,
-                          int patches) {
+template <class T>
+Tiling tile_frames(int64_t batch, int64_t height, int64_t width, int64_t dim, int64_t out_frames, int patches) {
   Tiling tiling{};
   const int strips = divide_up(width, patches);
-  tiling.across = divide_up(strips, kMostAcross);
+  tiling.across = divide_up(strips, kMostAcross<T>);
   tiling.strips = divide_up(strips, tiling.across);
-  const int down = divide_up(height, kMostStrips / tiling.strips);
+  const int down = divide_up(height, kMostStrips<T> / tiling.strips);
   const int even = divide_up(height, down);
   tiling.rows = even >= kLeastRows || even == height ? even
                 : height < kLeastRows                ? static_cast<int>(height)
                                                      : kLeastRows;
   tiling.tiles = tiling.across * divide_up(height, tiling.rows);
-  tiling.slabs = divide_up(dim, slab);
+  tiling.slabs = divide_up(dim, kSlab<T>);
   const int64_t blocks = batch * tiling.slabs * tiling.tiles;
   const int wanted = blocks ? divide_up(kConvolutionBlocks, blocks) : 1;
   tiling.run = divide_up(out_frames, wanted < out_frames ? wanted : out_frames);

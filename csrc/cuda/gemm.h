@@ -182,7 +182,8 @@ __device__ __forceinline__ void wmma_gemm(const Problem& p) {
   const Shared<T> shared = dynamic_shared<T>(0);
   const auto stage = [&](int buffer) {
     const auto late = operands.late(p, offset, Tile::kDepth);
-    const Shared<unsigned> to = dynamic_shared<unsigned>(0) + (buffer * Tile::kBuffer + row * Tile::kPitch + offset) / 2;
+    const Shared<unsigned> to =
+        dynamic_shared<unsigned>(0) + (buffer * Tile::kBuffer + row * Tile::kPitch + offset) / 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) store(to + (Tile::kRows + 32 * i) * Tile::kPitch / 2, operands.weights[i].words);
 #pragma unroll

@@ -72,10 +72,10 @@ __device__ __forceinline__ Vec<Wide<T>, V> load_position(const Wide<T>* position
 }
 
 // A warp has two token pairs and walks along the channels: four 16-byte loads a thread are in flight at a time, the
-// pairs' weights are computed once, and a pair's position is read once for both. 128 threads, 8 blocks an SM
-// (64 registers): 32 warps · 32 · 64 bytes = 64 KiB in flight.
+// pairs' weights are computed once, and a pair's position is read once for both. 128 threads, 6 blocks an SM
+// (80 registers, with fewer half of the loads would wait): 24 warps · 32 · 64 bytes = 48 KiB in flight.
 template <class T, int V, class Source>
-__global__ void __launch_bounds__(32 * kInterpolateWarps, 8)
+__global__ void __launch_bounds__(32 * kInterpolateWarps, 6)
     interpolate_forward_kernel(const InterpolateForward p, const Source source) {
   using W = Wide<T>;
   const InterpolateTile at(p.pairs, p.tiles);
@@ -105,11 +105,11 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 8)
   }
 
   for (int64_t channel = lane * V; channel < p.dim; channel += 32 * V) {
-    Vec<T, V> even[kForwardTokens], odd[kForwardTokens];  // [V] of each token
+    Loaded<T, V> even[kForwardTokens], odd[kForwardTokens];  // [V] of each token
 #pragma unroll
     for (int i = 0; i < kForwardTokens; ++i) {
-      even[i] = load<V>(from[i] + channel);
-      odd[i] = load<V>(from[i] + p.x_strides.frame + channel);
+      even[i] = start_load<V>(from[i] + channel);
+      odd[i] = start_load<V>(from[i] + p.x_strides.frame + channel);
     }
     Vec<W, V> even_position{}, odd_position{};
     if (position) {
@@ -118,11 +118,10 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 8)
     }
 #pragma unroll
     for (int i = 0; i < kForwardTokens; ++i) {
-      const auto a = widen(even[i]), b = widen(odd[i]);
+      const auto a = widen(even[i].numbers()), b = widen(odd[i].numbers());
       Vec<W, V> sum;
 #pragma unroll
-      for (int k = 0; k < V; ++k)
-        sum[k] = alpha[i] * (a[k] + even_position[k]) + beta[i] * (b[k] + odd_position[k]);
+      for (int k = 0; k < V; ++k) sum[k] = alpha[i] * (a[k] + even_position[k]) + beta[i] * (b[k] + odd_position[k]);
       if (live[i]) store(to[i] + channel, narrow<T>(sum));
     }
   }
@@ -162,7 +161,8 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
   int64_t tokens[kBackwardTokens];
 #pragma unroll
   for (int i = 0; i < kBackwardTokens; ++i) {
-    // A token that isn't there stands for the tile's last, with weights of zero: it adds nothing to the position's sums.
+    // A token that isn't there stands for the tile's last, with weights of zero: it adds nothing to the position's
+    // sums.
     live[i] = first + i * kInterpolateWarps < last;
     tokens[i] = live[i] ? first + i * kInterpolateWarps : last - 1;
     const auto weights = source.weights(at.row * p.tokens + tokens[i]);
@@ -178,9 +178,10 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
     const int64_t channel = base + lane * V;
     Vec<W, V> even_sum{}, odd_sum{};  // [V]: the position's, of this warp's tokens
     if (channel < p.dim) {
-      Vec<T, V> grad[kBackwardTokens], even[kBackwardTokens], odd[kBackwardTokens];
+      Loaded<T, V> grad[kBackwardTokens], even[kBackwardTokens], odd[kBackwardTokens];
 #pragma unroll
-      for (int i = 0; i < kBackwardTokens; ++i) grad[i] = load<V>(grad_z + tokens[i] * p.grad_z_strides.token + channel);
+      for (int i = 0; i < kBackwardTokens; ++i)
+        grad[i] = start_load<V>(grad_z + tokens[i] * p.grad_z_strides.token + channel);
       if (wants_x) {
         Vec<W, V> between{};  // position of the even frame less that of the odd one
         if (position) {
@@ -191,19 +192,19 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
 #pragma unroll
         for (int i = 0; i < kBackwardTokens; ++i) {
           const T* from = x + tokens[i] * p.x_strides.token + channel;
-          even[i] = load<V>(from);
-          odd[i] = load<V>(from + p.x_strides.frame);
+          even[i] = start_load<V>(from);
+          odd[i] = start_load<V>(from + p.x_strides.frame);
         }
 #pragma unroll
         for (int i = 0; i < kBackwardTokens; ++i) {
-          const auto g = widen(grad[i]), a = widen(even[i]), b = widen(odd[i]);
+          const auto g = widen(grad[i].numbers()), a = widen(even[i].numbers()), b = widen(odd[i].numbers());
 #pragma unroll
           for (int k = 0; k < V; ++k) sums[i] += g[k] * ((a[k] - b[k]) + between[k]);
         }
       }
 #pragma unroll
       for (int i = 0; i < kBackwardTokens; ++i) {
-        const auto g = widen(grad[i]);
+        const auto g = widen(grad[i].numbers());
         const W of_even = static_cast<W>(alpha[i]), of_odd = static_cast<W>(beta[i]);
         Vec<W, V> even_grad, odd_grad;
 #pragma unroll

@@ -182,7 +182,7 @@ struct Differences {
 
 // --- Backward: the hidden layer --------------------------------------------------------------------------------------
 
-constexpr int kHiddenWarps = 4;    // of a block; they share a tile's tokens
+constexpr int kHiddenWarps = 4;     // of a block; they share a tile's tokens
 constexpr int kHiddenInFlight = 4;  // tokens of a warp that are loaded at once
 
 template <class T>
@@ -198,10 +198,12 @@ struct HiddenBackward {
   Wide<T>* weight2_partials;       // [frames, tiles of a frame, hidden]: of weight2's first row, or null
 };
 
-// grad_preactivation = grad_difference · (weight2[0] - weight2[1]) · GELU'(preactivation), and sums over a tile's tokens.
-// 128 threads, 4 blocks an SM (128 registers): 16 warps · 32 · 64 bytes = 32 KiB in flight.
+// grad_preactivation = grad_difference · (weight2[0] - weight2[1]) · GELU'(preactivation), and sums over a tile's
+// tokens. 128 threads, 4 blocks an SM (128 registers): 16 warps · 32 · 64 bytes = 32 KiB in flight. Fewer in
+// float64, whose erf and exp take more registers.
 template <class T, int V>
-__global__ void __launch_bounds__(32 * kHiddenWarps, 4) interpolation_head_hidden_kernel(const HiddenBackward<T> p) {
+__global__ void __launch_bounds__(32 * kHiddenWarps, sizeof(T) == 8 ? 2 : 4)
+    interpolation_head_hidden_kernel(const HiddenBackward<T> p) {
   using W = Wide<T>;
   const TileOfTokens tile(p.cut, p.tokens, p.column_tiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -273,9 +275,12 @@ int64_t interpolation_head_partials(const InterpolationHeadShape& shape) {
   return (shape.hidden + kGroupColumns - 1) / kGroupColumns;
 }
 
+inline TokenTiles hidden_tiles(const InterpolationHeadShape& shape) {
+  return token_tiles(shape.batch * (shape.frames / 2), shape.tokens, tiles_across(shape.hidden, 256));
+}
+
 int64_t interpolation_head_tiles(const InterpolationHeadShape& shape) {
-  const int64_t frames = shape.batch * (shape.frames / 2);
-  return frames * token_tiles(frames, shape.tokens).tiles;
+  return shape.batch * (shape.frames / 2) * hidden_tiles(shape).tiles;
 }
 
 template <class T, int V>
@@ -313,9 +318,7 @@ void interpolation_head_forward(const InterpolationHeadForward& p) {
   const auto full_width = [&](int unit) {
     return s.width % unit == 0 && s.context % unit == 0 && all_aligned(p.features, p.cube, p.weight1);
   };
-  with_vectors(s.dtype, full_width, [&](auto number, auto unit) {
-    launch_hidden_forward<decltype(number), unit>(p);
-  });
+  with_vectors(s.dtype, full_width, [&](auto number, auto unit) { launch_hidden_forward<decltype(number), unit>(p); });
   with_dtype(s.x_dtype, [&](auto number) {
     using W = Wide<decltype(number)>;
     InterpolateForward q{};
@@ -375,7 +378,7 @@ void hidden_backward(const InterpolationHeadBackward& p) {
   counted(rows_of(s), "batch · frames/2 · tokens");
   q.tokens = counted(s.tokens, "tokens");
   q.hidden = counted(s.hidden, "hidden");
-  q.cut = token_tiles(frames, s.tokens);
+  q.cut = hidden_tiles(s);
   q.column_tiles = tiles_across(s.hidden, 32 * V);
   q.frames = static_cast<unsigned>(frames);
   q.grad_difference = static_cast<const W*>(p.grad_difference);
@@ -400,8 +403,7 @@ void interpolation_head_backward(const InterpolationHeadBackward& p) {
   with_dtype(s.x_dtype, [&](auto number) { interpolation_backward<decltype(number)>(p); });
   if (!p.grad_preactivation) return;
   const auto full_width = [&](int unit) {
-    return s.hidden % unit == 0 &&
-           all_aligned(p.preactivation, p.weight2, p.grad_preactivation, p.hidden_partials);
+    return s.hidden % unit == 0 && all_aligned(p.preactivation, p.weight2, p.grad_preactivation, p.hidden_partials);
   };
   with_vectors(s.dtype, full_width, [&](auto number, auto unit) { hidden_backward<decltype(number), unit>(p); });
 }

@@ -48,12 +48,14 @@ struct TileOfTokens {
 
 #ifndef __CUDACC_RTC__
 
-// 160 tiles at least, two for each of V100's multiprocessors, if the tokens suffice; then as few as hold the tokens.
-// Depends on the sizes only, so that the bits do too.
-inline TokenTiles token_tiles(int64_t frames, int64_t tokens) {
-  if (frames == 0 || tokens == 0) return {1, 1};
-  const int64_t wanted = (tokens + kTileTokens - 1) / kTileTokens, least = (160 + frames - 1) / frames;
-  const int64_t tiles = wanted > least ? wanted : least < tokens ? least : tokens;
+// How `frames` frames' tokens are cut for blocks of `across` times 256 columns: into tiles of 32 tokens, or fewer where
+// that would leave some of V100's 80 multiprocessors without two blocks, down to 8, below which the partial sums would
+// weigh too much. Depends on the sizes only, so that the bits do too.
+inline TokenTiles token_tiles(int64_t frames, int64_t tokens, int64_t across = 1) {
+  if (frames == 0 || tokens == 0 || across == 0) return {1, 1};
+  const int64_t wanted = (tokens + kTileTokens - 1) / kTileTokens, most = (tokens + 7) / 8;
+  const int64_t least = (160 + frames * across - 1) / (frames * across);
+  const int64_t tiles = wanted > least ? wanted : least < most ? least : most;
   const int64_t tile_tokens = (tokens + tiles - 1) / tiles;
   return {static_cast<unsigned>((tokens + tile_tokens - 1) / tile_tokens), static_cast<unsigned>(tile_tokens)};
 }

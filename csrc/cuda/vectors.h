@@ -30,7 +30,8 @@ __device__ __forceinline__ Vec<W, V> load_wide(const W* at) {
   return load_some<kWideStep<W, V>, V>(at, V);
 }
 
-// Stores the first `left` elements, up to 16 bytes at a time if `vectors`, which says that addresses and `left` allow it.
+// Stores the first `left` elements, up to 16 bytes at a time if `vectors`, which says that addresses and `left` allow
+// it.
 template <class T, class W, int N>
 __device__ __forceinline__ void store_some(T* to, const Vec<W, N>& run, int left, bool vectors) {
   constexpr int V = kWideStep<T, N>;

@@ -9,14 +9,13 @@
 #include <deque>
 #include <exception>
 #include <mutex>
-#include <random>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "emulator/fiber.h"
+#include "emulator/parts.h"
 #include "emulator/races.h"
 #include "emulator/traffic.h"
 
@@ -31,78 +30,6 @@ inline dim3 blockDim{}, gridDim{};
 
 namespace inti::emulator {
 
-// What a kernel did wrong, or a launch that the hardware would refuse.
-class Error : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
-// A place in the source. Not an address in the code, of which the compiler may make several.
-struct Site {
-  const char* file;
-  int line;
-  bool operator==(const Site& other) const {
-    return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
-  }
-  std::string words() const { return std::string(file) + ":" + std::to_string(line); }
-};
-
-enum class Meeting { syncwarp, shfl, shfl_up, shfl_down, shfl_xor, ballot, any, all, mma };
-
-inline const char* name(Meeting meeting) {
-  constexpr const char* names[] = {"__syncwarp",       "__shfl_sync",     "__shfl_up_sync",
-                                   "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync",
-                                   "__any_sync",       "__all_sync",      "mma_sync"};
-  return names[static_cast<int>(meeting)];
-}
-
-inline std::string hex(uint64_t number) {
-  constexpr char digits[] = "0123456789abcdef";
-  std::string text;
-  do {
-    text.insert(text.begin(), digits[number % 16]);
-  } while (number /= 16);
-  return "0x" + text;
-}
-
-struct Warp {
-  // Lanes that can go on, [head, tail); never more than the warp has.
-  uint8_t queue[2 * warp_lanes];
-  int head, tail;
-  uint32_t exists, ended, at_barrier;
-
-  // Lanes that wait for the others of a mask. Masks of two groups have no lane in common.
-  struct Group {
-    uint32_t mask, arrived;
-    Meeting meeting;
-    Site site;
-  };
-  Group groups[warp_lanes];
-  int group_count;
-
-  // What lanes bring to a meeting and take from it.
-  uint64_t value[warp_lanes], result[warp_lanes];
-  int source[warp_lanes];
-  void* operands[warp_lanes][4];
-
-  // Of each lane, what it did since the last meeting that all lanes must do alike without waiting for each other
-  // (loading and storing fragments).
-  uint64_t trail[warp_lanes];
-
-  WarpClock clock;
-};
-
-struct Body {
-  void (*run)(const void*);
-  const void* kernel;
-};
-
-struct Grid {
-  const char* kernel;
-  int64_t blocks;
-  int threads, shared_bytes;
-};
-
 class Machine {
  public:
   static constexpr int most_threads = 1024;
@@ -114,7 +41,7 @@ class Machine {
   }
 
   void set_seed(uint64_t seed) {
-    random_.seed(seed);
+    random_.state = seed;
     for (auto& order : orders_) {
       for (int i = 0; i < warp_lanes; ++i) order[i] = static_cast<uint8_t>(i);
       std::shuffle(order, order + warp_lanes, random_);
@@ -293,7 +220,7 @@ class Machine {
   void park() {
     const int next = take();
     if (next == thread_) return;
-    if (next < 0) fail("deadlock: waits, as do all threads that have not ended");
+    if (next < 0) deadlock();
     go(next);
   }
 
@@ -323,7 +250,7 @@ class Machine {
             set_thread(next);
           }
         }
-        if (ended_ < grid_.threads) fail("deadlock: it ended, and the threads that have not all wait");
+        if (ended_ < grid_.threads) deadlock();
         free_.push_back(running_);
       } catch (...) {
         error_ = std::current_exception();
@@ -338,7 +265,7 @@ class Machine {
       fail("divergent barrier: it ended, but thread " + std::to_string(first_at_barrier_) + " waits at " +
            barrier_.words());
     }
-    if (warp.group_count) nobody_waits_for_me("has ended");
+    if (warp.group_count) nobody_waits_for_me("it ended");
     warp.ended |= 1u << lane();
     ++ended_;
     if (warp.ended == warp.exists) check_trails(warp);
@@ -378,7 +305,8 @@ class Machine {
     for (int i = 0; i < warp.group_count; ++i) {
       const Warp::Group& group = warp.groups[i];
       if (group.mask == mask && group.meeting == meeting && group.site == site) return i;
-      if (group.mask & mask) disagree(group, meeting, mask, site);
+      // Lanes that wait elsewhere may come later, but not if they wait for this one.
+      if (group.arrived & mask && group.mask >> lane() & 1) disagree(group, meeting, mask, site);
     }
     if (mask & ~warp.exists) absent(warp, meeting, mask, site, mask & ~warp.exists, "does not exist");
     if (mask & warp.ended) absent(warp, meeting, mask, site, mask & warp.ended, "has ended");
@@ -414,10 +342,14 @@ class Machine {
     while (!warp->ended) ++warp;
     return "thread " + std::to_string((warp - warps_) * warp_lanes + __builtin_ctz(warp->ended));
   }
-  static std::string words(Meeting meeting, uint32_t mask, Site site) {
-    return std::string(name(meeting)) + "(" + hex(mask) + ") at " + site.words();
+  [[noreturn]] __attribute__((cold, noinline)) void deadlock() {
+    const Warp* warp = warps_;
+    while (!warp->group_count) ++warp;
+    const Warp::Group& group = warp->groups[0];
+    const int64_t one = (warp - warps_) * warp_lanes + __builtin_ctz(group.arrived);
+    fail("deadlock: all threads that have not ended wait, such as thread " + std::to_string(one) + " at " +
+         words(group.meeting, group.mask, group.site));
   }
-
   void check_trails(Warp& warp) {
     for (int lane = 0; lane < warp_lanes; ++lane) {
       if (warp.exists >> lane & 1 && warp.trail[lane] != warp.trail[0]) {
@@ -428,10 +360,6 @@ class Machine {
     std::memset(warp.trail, 0, sizeof warp.trail);
   }
 
-  static std::string words(uint64_t address, int bytes, bool write) {
-    return std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes of global memory at " +
-           hex(address);
-  }
   [[noreturn]] __attribute__((cold, noinline)) void bad_global(uint64_t address, int bytes, bool write) {
     if (address < 4096) fail(words(address, bytes, write) + ": a null pointer");
     fail("misaligned " + words(address, bytes, write) + ": the address must be a multiple of " + std::to_string(bytes));
@@ -443,10 +371,6 @@ class Machine {
   }
 #endif
 
-  static std::string words(int offset, int bytes, bool write) {
-    return std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes of shared memory at byte " +
-           std::to_string(offset);
-  }
   [[noreturn]] __attribute__((cold, noinline)) void bad_shared(int offset, int bytes, bool write) {
     if (offset < 0 || offset > grid_.shared_bytes - bytes) {
       fail(words(offset, bytes, write) + ": out of bounds, the launch has " + std::to_string(grid_.shared_bytes));
@@ -457,20 +381,19 @@ class Machine {
   // The address in the kernel that it returns to tells accesses apart; so whatever calls it is inlined into the kernel.
   __attribute__((noipa, noinline)) void watch(int offset, int bytes, bool write, bool collective) {
     const int warp = thread_ / warp_lanes;
-    if (recording) recorder.shared(__builtin_return_address(0), warp, lane(), offset, bytes, write);
+    if (recording) recorder.shared(__builtin_return_address(0), warp, lane(), offset, bytes, write, collective);
     if (!check_races) return;
     const uint32_t who = collective ? first_warp + static_cast<uint32_t>(warp) : static_cast<uint32_t>(thread_);
-    const uint32_t other = write ? races_.write(offset, bytes, who, warp, lane(), warp_->clock)
-                                 : races_.read(offset, bytes, who, warp, lane(), warp_->clock);
-    if (__builtin_expect(other != nobody, 0)) raced(offset, bytes, write, other);
+    const Conflict conflict = write ? races_.write(offset, bytes, who, warp, lane(), warp_->clock)
+                                    : races_.read(offset, bytes, who, warp, lane(), warp_->clock);
+    if (__builtin_expect(conflict.who != nobody, 0)) raced(offset, bytes, write, conflict);
   }
-  [[noreturn]] __attribute__((cold, noinline)) void raced(int offset, int bytes, bool write, uint32_t other) {
-    const std::string name = other == many        ? "threads of several warps"
-                             : other < first_warp ? "thread " + std::to_string(other)
-                                                  : "warp " + std::to_string(other - first_warp);
-    fail("race: " + words(offset, bytes, write) + ", which " + name +
-         " used too, with no barrier between the two (lanes of one warp need __syncwarp: shuffles and votes order no "
-         "memory)");
+  [[noreturn]] __attribute__((cold, noinline)) void raced(int offset, int bytes, bool write, Conflict with) {
+    const std::string name = with.who == many        ? "threads of several warps"
+                             : with.who < first_warp ? "thread " + std::to_string(with.who)
+                                                     : "warp " + std::to_string(with.who - first_warp);
+    fail("race: " + words(offset, bytes, write) + ", which " + name + (with.wrote ? " wrote" : " read") +
+         ", with no barrier between the two (within a warp, __syncwarp; shuffles and votes order no memory)");
   }
 
   // --- State ---------------------------------------------------------------------------------------------------------
@@ -494,7 +417,7 @@ class Machine {
 
   static constexpr unsigned order_count = 64;
   uint8_t orders_[order_count][warp_lanes];
-  std::minstd_rand random_;
+  Random random_;
 
   std::thread::id owner_;
   Fiber main_;

@@ -23,6 +23,20 @@ __device__ __forceinline__ void store(T* at, const Vec<T, N>& value) {
   std::memcpy(static_cast<void*>(at), &value, sizeof value);
 }
 
+template <class T, int N>
+struct Loaded {
+  Vec<T, N> vec;
+  Vec<T, N> numbers() const { return vec; }
+};
+template <class T, int N>
+__device__ __forceinline__ Loaded<T, N> loaded(const Vec<T, N>& numbers) {
+  return {numbers};
+}
+template <int N, class T>
+__device__ __forceinline__ Loaded<T, N> start_load(const T* at) {
+  return {load<N>(at)};
+}
+
 template <class T>
 struct Shared {
   int offset;  // in bytes, from the beginning of the block's

@@ -60,6 +60,12 @@ class WarpClock {
 // Who an access is made by: a thread, or a warp as a whole (its lanes share the work in a way that code can't know).
 inline constexpr uint32_t first_warp = 1024, many = 2046, nobody = 2047;
 
+// An earlier access that races with the one at hand; by nobody if there is none.
+struct Conflict {
+  uint32_t who;
+  bool wrote;
+};
+
 // Who touched each granule of shared memory since the block's last barrier, packed into 64 bits: the epoch (16), which
 // numbers the barriers; the last writer (11) and its warp's time then (13); the same for readers, of which only one,
 // one warp or "many" is kept.
@@ -76,8 +82,8 @@ class Races {
     epoch_ = 1;
   }
 
-  // Who makes this access race with one before it, or `nobody`. `who` is at `clock`, in lane `lane` of `warp`.
-  uint32_t read(int offset, int bytes, uint32_t who, int warp, int lane, const WarpClock& clock) {
+  // What this access races with. `who` makes it, at `clock`, in lane `lane` of `warp`.
+  Conflict read(int offset, int bytes, uint32_t who, int warp, int lane, const WarpClock& clock) {
     uint64_t *at = first(offset, bytes), *const end = past(offset, bytes);
     // Nearly always others or itself have read all of it already, and nobody has written.
     const uint64_t now = clock.now(), found = *at;
@@ -85,20 +91,20 @@ class Races {
         found == cell(nobody, 0, who, now)) {
       const uint64_t* other = at + 1;
       while (other < end && *other == found) ++other;
-      if (other == end) return nobody;
+      if (other == end) return {nobody, false};
     }
     return read_slowly(at, end, who, warp, lane, clock);
   }
-  uint32_t write(int offset, int bytes, uint32_t who, int warp, int lane, const WarpClock& clock) {
+  Conflict write(int offset, int bytes, uint32_t who, int warp, int lane, const WarpClock& clock) {
     const uint64_t mine = cell(who, clock.now(), nobody, 0);
     for (uint64_t *at = first(offset, bytes), *const end = past(offset, bytes); at < end; ++at) {
       if (epoch(*at) == epoch_ && *at != mine) {
-        const uint32_t other = written_over(*at, who, warp, lane, clock);
-        if (other != nobody) return other;
+        const Conflict conflict = written_over(*at, who, warp, lane, clock);
+        if (conflict.who != nobody) return conflict;
       }
       *at = mine;
     }
-    return nobody;
+    return {nobody, false};
   }
 
  private:
@@ -117,7 +123,7 @@ class Races {
     return clock.ordered(lane, other < first_warp ? static_cast<int>(other % warp_lanes) : warp_lanes, then);
   }
 
-  __attribute__((noinline)) uint32_t read_slowly(uint64_t* at, uint64_t* end, uint32_t who, int warp, int lane,
+  __attribute__((noinline)) Conflict read_slowly(uint64_t* at, uint64_t* end, uint32_t who, int warp, int lane,
                                                  const WarpClock& clock) {
     const uint64_t mine = cell(nobody, 0, who, clock.now());
     for (; at < end; ++at) {
@@ -128,7 +134,7 @@ class Races {
       const uint32_t writer = writer_of(*at), reader = reader_of(*at);
       if (writer != nobody) {
         const bool own = writer == who && who < first_warp;
-        if (!own && !ordered(writer, write_time(*at), warp, lane, clock)) return writer;
+        if (!own && !ordered(writer, write_time(*at), warp, lane, clock)) return {writer, true};
         if (own && write_time(*at) == clock.now()) continue;  // the write says it all
       }
       uint32_t now_reader = who, time = clock.now();
@@ -138,15 +144,16 @@ class Races {
       }
       *at = cell(writer, write_time(*at), now_reader, time);
     }
-    return nobody;
+    return {nobody, false};
   }
-  __attribute__((noinline)) uint32_t written_over(uint64_t cell, uint32_t who, int warp, int lane,
+  __attribute__((noinline)) Conflict written_over(uint64_t cell, uint32_t who, int warp, int lane,
                                                   const WarpClock& clock) const {
     const uint32_t writer = writer_of(cell), reader = reader_of(cell);
-    if (writer != nobody && writer != who && !ordered(writer, write_time(cell), warp, lane, clock)) return writer;
+    if (writer != nobody && writer != who && !ordered(writer, write_time(cell), warp, lane, clock))
+      return {writer, true};
     const bool own = reader == who && who < first_warp;
-    if (reader != nobody && !own && !ordered(reader, read_time(cell), warp, lane, clock)) return reader;
-    return nobody;
+    if (reader != nobody && !own && !ordered(reader, read_time(cell), warp, lane, clock)) return {reader, false};
+    return {nobody, false};
   }
 
   // A granule is as large as the smallest access of the launch so far.

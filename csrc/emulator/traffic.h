@@ -103,10 +103,10 @@ class Recorder {
 
   // Lanes of a warp that are at the same place in the code, for as many times since the block's last barrier, make one
   // access.
-  void shared(const void* site, int warp, int lane, int offset, int bytes, bool write) {
+  void shared(const void* site, int warp, int lane, int offset, int bytes, bool write, bool collective) {
     Site& of_site = pending_[{site, warp}];
     const size_t time = of_site.times[lane]++;
-    if (time == of_site.accesses.size()) of_site.accesses.push_back({0, bytes, write, {}});
+    if (time == of_site.accesses.size()) of_site.accesses.push_back({0, bytes, write, collective, {}});
     of_site.accesses[time].lanes |= 1u << lane;
     of_site.accesses[time].offset[lane] = offset;
   }
@@ -124,7 +124,7 @@ class Recorder {
   struct Accesses {
     uint32_t lanes;
     int bytes;
-    bool write;
+    bool write, collective;
     std::array<int, 32> offset;
   };
   struct Site {
@@ -135,23 +135,34 @@ class Recorder {
   void add(const Accesses& accesses) {
     SharedTraffic& traffic = accesses.write ? launches_.back().shared_stores : launches_.back().shared_loads;
     ++traffic.accesses;
-    // 8- and 16-byte accesses are served by half and quarter warps.
+    // 8- and 16-byte accesses are served by half and quarter warps. Of fragments nobody knows which lane takes what:
+    // they count as the best that any layout could do.
     const int step = accesses.bytes <= 4 ? 32 : 128 / accesses.bytes;
-    for (int first = 0; first < 32; first += step) {
-      std::array<std::vector<int>, 32> words;  // of each bank; one word goes to all lanes that ask for it
-      for (int lane = first; lane < first + step; ++lane) {
-        if (!(accesses.lanes >> lane & 1)) continue;
-        for (int byte = 0; byte < accesses.bytes; byte += 4) {
-          const int word = (accesses.offset[lane] + byte) / 4;
-          std::vector<int>& bank = words[word % 32];
-          if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
-        }
+    const int together = accesses.collective ? 32 : step;
+    for (int first = 0; first < 32; first += together) {
+      int64_t ideal = 0;
+      for (int lane = first; lane < first + together; lane += step) {
+        ideal += (accesses.lanes >> lane & (step == 32 ? 0xffffffffu : (1u << step) - 1)) != 0;
       }
-      size_t wavefronts = 0;
-      for (const auto& bank : words) wavefronts = std::max(wavefronts, bank.size());
-      traffic.wavefronts += static_cast<int64_t>(wavefronts);
-      traffic.ideal += wavefronts > 0;
+      traffic.ideal += ideal;
+      traffic.wavefronts += std::max(ideal, conflicts(accesses, first, together));
     }
+  }
+
+  // The most words that `count` lanes want from one bank; a word goes to all lanes that ask for it at once.
+  static int64_t conflicts(const Accesses& accesses, int first, int count) {
+    std::array<std::vector<int>, 32> words;
+    size_t most = 0;
+    for (int lane = first; lane < first + count; ++lane) {
+      if (!(accesses.lanes >> lane & 1)) continue;
+      for (int byte = 0; byte < accesses.bytes; byte += 4) {
+        const int word = (accesses.offset[lane] + byte) / 4;
+        std::vector<int>& bank = words[word % 32];
+        if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+        most = std::max(most, bank.size());
+      }
+    }
+    return static_cast<int64_t>(most);
   }
 
   std::vector<LaunchRecord> launches_;

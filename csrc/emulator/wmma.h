@@ -35,8 +35,8 @@ inline void fill_fragment(fragment<Use, 16, 16, 16, T, Layout>& fragment, Value 
 
 namespace inti::emulator {
 
-// Where a lane's elements lie. Volta's layout, since bank conflicts depend on it, but for the order within a lane, so
-// that code which knows Volta's layout, or any other, goes wrong. Element i is the i ^ scrambled'th.
+// Where a lane's elements lie: what is known of Volta's layout but for the order within a lane, so that code which
+// takes that one, or any other, for granted goes wrong. Element i is the i ^ scrambled'th.
 inline constexpr int scrambled = 5;
 
 // The row of A or the column of B that a lane has all of.

@@ -213,6 +213,34 @@ __device__ __forceinline__ void store(T* at, const Vec<T, N>& value) {
   *reinterpret_cast<typename Word<N * sizeof(T)>::type*>(at) = access.word;
 }
 
+// Numbers on their way: what is loaded long before it is used. They stay the words that were loaded; 16-bit numbers
+// would be taken out of them at once, and that waits for the memory.
+template <class T, int N>
+struct Loaded {
+  typename Word<N * sizeof(T)>::type word;
+  __device__ __forceinline__ Vec<T, N> numbers() const {
+    union {
+      typename Word<N * sizeof(T)>::type word;
+      Vec<T, N> vec;
+    } access;
+    access.word = word;
+    return access.vec;
+  }
+};
+template <class T, int N>
+__device__ __forceinline__ Loaded<T, N> loaded(const Vec<T, N>& numbers) {
+  union {
+    typename Word<N * sizeof(T)>::type word;
+    Vec<T, N> vec;
+  } access;
+  access.vec = numbers;
+  return {access.word};
+}
+template <int N, class T>
+__device__ __forceinline__ Loaded<T, N> start_load(const T* at) {
+  return {*reinterpret_cast<const typename Word<N * sizeof(T)>::type*>(at)};
+}
+
 // A place in the block's shared memory.
 template <class T>
 struct Shared {

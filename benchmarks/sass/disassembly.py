@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 _LINE = re.compile(
@@ -21,6 +23,10 @@ _MOST_REPEATS = 8  # of a loop's body, that a compiler unrolled
 
 class ModelError(Exception):
     """The code is not what its model says."""
+
+
+class AtLeast(int):
+    """A count of marks: as few as there can be from this number on."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,31 @@ class Instruction:
         """What models count: the operation, and of memory accesses their width."""
         return f"{self.operation}.{self.width}" if self.operation in ("LDG", "STG", "LDS", "STS") else self.operation
 
+    @cached_property
+    def written(self) -> frozenset[int]:
+        """Registers that get its result."""
+        first = self.operands.partition(",")[0].strip()
+        found = re.match(r"R(\d+)\b", first)
+        if not found or self.operation in ("BRA", "CALL", "RET", "EXIT"):
+            return frozenset()
+        count = 1
+        if self.operation in ("LDG", "LDS", "LDL", "LDC"):
+            count = max(1, self.width // 32)
+        elif self.operation == "HMMA" or ".WIDE" in self.name or self.operation in ("CS2R", "DFMA", "DADD", "DMUL"):
+            count = 2
+        return frozenset(range(int(found[1]), int(found[1]) + count))
+
+    @cached_property
+    def read(self) -> frozenset[int]:
+        """Registers that it needs; of an address only the lower half is seen."""
+        operands = self.operands.partition(",")[2] if self.written else self.operands
+        registers = [int(number) for number in _REGISTER.findall(operands)]
+        if self.operation in ("STG", "STS", "STL") and registers:
+            registers += range(registers[-1], registers[-1] + self.width // 32)
+        elif self.operation == "HMMA":
+            registers += [number + 1 for number in registers]
+        return frozenset(registers)
+
     def source_text(self) -> str:
         """The lines of source that it comes from."""
         return "\n".join(_source_line(file, line) for file, line in self.sources)
@@ -94,6 +125,16 @@ class Loop:
     header: int
     blocks: frozenset[int]
     latches: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a path is looked for by, beside its marks."""
+
+    avoid: str = ""  # a regular expression for lines of source: a path has no loads from them
+    predicated: bool = True  # whether predicated loads are such loads
+    trips: Mapping[str, int] = field(default_factory=dict)  # of loops inside, by their line of source
+    costs: Mapping[str, int] = field(default_factory=dict)  # of operations, where they aren't 1
 
 
 class Function:
@@ -174,25 +215,41 @@ class Function:
             loops.append(Loop(header, frozenset(body), frozenset(ends)))
         return loops
 
-    def path(self, loop: Loop, marks: Mapping[str, int], avoid: str, costs: Mapping[str, int]) -> list[Instruction]:
-        """The costliest way once through the loop on which the marked instructions come as often as `marks` says;
-        empty if there is none. Loops inside are gone through once. Blocks that load what `avoid` says (a regular
-        expression for a line of source), and those that call a function, as a division's rare cases do, are left out.
+    def trips(self, loop: Loop, rules: Mapping[str, int]) -> dict[int, tuple[int, int]]:
+        """How often the blocks of loops inside this one run in one of its iterations, with the inner loop's header: by
+        the first rule, a regular expression for a line of source, that fits the jump back; else once."""
+        found: dict[int, tuple[int, int]] = {}
+        for inner in sorted(self.loops, key=lambda inner: -len(inner.blocks)):
+            if inner.header == loop.header or not inner.blocks < loop.blocks:
+                continue
+            text = "\n".join(i.source_text() for latch in inner.latches for i in self.blocks[latch].instructions)
+            times = next((n for rule, n in rules.items() if re.search(rule, text)), 1)
+            for block in inner.blocks:
+                found[block] = (times * found.get(block, (1, 0))[0], inner.header)
+        return found
+
+    def path(self, loop: Loop, marks: Mapping[str, int], search: Search) -> list[Instruction]:
+        """The costliest way once through the loop on which the marked instructions come as often as `marks` says
+        (exactly, or AtLeast); empty if there is none. Blocks that call a function, as a division's rare cases do, are
+        left out.
         """
         names = list(marks)
         start = (0,) * len(names)
+        limits = [math.inf if isinstance(n, AtLeast) else n for n in marks.values()]
+        trips = self.trips(loop, search.trips)
         # Per block, for every count of marks on a way to its end: the cost, and the block and counts before.
         found: dict[int, dict[tuple[int, ...], tuple[int, int, tuple[int, ...]]]] = {}
         for block in self._order:
-            if block not in loop.blocks or self._left_out(block, avoid):
+            if block not in loop.blocks or self._left_out(block, search):
                 continue
+            times = trips.get(block, (1, 0))[0]
             counts = Counter(i.mark for i in self.blocks[block].instructions)
-            cost = sum(costs.get(i.operation, 1) for i in self.blocks[block].instructions)
+            cost = times * sum(search.costs.get(i.operation, 1) for i in self.blocks[block].instructions)
             ways: dict[tuple[int, ...], tuple[int, int, tuple[int, ...]]] = {}
             if block == loop.header:
                 entries = [(start, 0, -1, start)]
             else:
-                # A block that dominates nothing here yet is reached by a jump back: an inner loop's, gone once.
+                # Without the jumps back of loops inside.
                 entries = [
                     (state, reached[0], before, state)
                     for before in self._before[block]
@@ -200,33 +257,40 @@ class Function:
                     for state, reached in found[before].items()
                 ]
             for state, so_far, before, previous in entries:
-                new = tuple(n + counts[name] for n, name in zip(state, names, strict=True))
-                if any(n > marks[name] for n, name in zip(new, names, strict=True)):
+                new = tuple(n + times * counts[name] for n, name in zip(state, names, strict=True))
+                if any(n > most for n, most in zip(new, limits, strict=True)):
                     continue
                 if new not in ways or so_far + cost > ways[new][0]:
                     ways[new] = (so_far + cost, before, previous)
             found[block] = ways
-        wanted = tuple(marks.values())
-        ends = [(found[end][wanted][0], end) for end in loop.latches if wanted in found.get(end, {})]
+        ends = [
+            (tuple(-n for n in state), ways[0], end, state)
+            for end in loop.latches
+            for state, ways in found.get(end, {}).items()
+            if all(n >= wanted for n, wanted in zip(state, marks.values(), strict=True))
+        ]
         if not ends:
             return []
-        block, state, blocks = max(ends)[1], wanted, []
+        _, _, block, state = max(ends)
+        blocks = []
         while block >= 0:
             blocks.append(block)
             _, block, state = found[block][state]
-        return [instruction for block in reversed(blocks) for instruction in self.blocks[block].instructions]
+        path: list[Instruction] = []
+        for (times, _), run in groupby(reversed(blocks), lambda block: trips.get(block, (1, -1))):
+            path += times * [instruction for block in run for instruction in self.blocks[block].instructions]
+        return path
 
-    def _left_out(self, block: int, avoid: str) -> bool:
+    def _left_out(self, block: int, search: Search) -> bool:
         for instruction in self.blocks[block].instructions:
             if instruction.operation == "CALL":
                 return True
-            if avoid and instruction.operation == "LDG" and re.search(avoid, instruction.source_text()):
+            loads = instruction.operation == "LDG" and (search.predicated or not instruction.predicate)
+            if search.avoid and loads and re.search(search.avoid, instruction.source_text()):
                 return True
         return False
 
-    def iteration(
-        self, steps: Sequence[Mapping[str, int]], avoid: str = "", costs: Mapping[str, int] | None = None
-    ) -> tuple[list[Instruction], int]:
+    def iteration(self, steps: Sequence[Mapping[str, int]], search: Search) -> tuple[list[Instruction], int]:
         """What the steady state repeats: a path for each of the steps through the one loop that has them all, and how
         many times over the compiler has it in the loop's body (a factor for all marks).
 
@@ -235,21 +299,23 @@ class Function:
         Raises:
             ModelError: no loop has such paths.
         """
-        best: tuple[int, list[Instruction], int] = (0, [], 1)
-        for loop in self.loops:
-            for repeats in range(1, _MOST_REPEATS + 1):
-                scaled = [{name: count * repeats for name, count in step.items()} for step in steps]
-                paths = [self.path(loop, marks, avoid, costs or {}) for marks in scaled]
-                if all(paths):
+        # A load to avoid is one that a branch goes round, if there is such a path; else its predicate is what is false,
+        # and it is issued all the same.
+        for predicated in (True, False):
+            searched = replace(search, predicated=predicated)
+            best: tuple[int, list[Instruction], int] = (0, [], 1)
+            for loop in self.loops:
+                for repeats in range(1, _MOST_REPEATS + 1):
+                    scaled = [{name: type(n)(n * repeats) for name, n in step.items()} for step in steps]
+                    paths = [self.path(loop, marks, searched) for marks in scaled]
                     whole = [instruction for path in paths for instruction in path]
-                    # A body of several repeats is taken for one of the same loop's that has fewer of them.
-                    if len(whole) > best[0]:
+                    if all(paths) and len(whole) > best[0]:
                         best = (len(whole), whole, repeats)
-                if not any(steps):
-                    break
-        if not best[1]:
-            raise ModelError(f"no loop has a path for each of {list(map(dict, steps))}; {self._describe()}")
-        return best[1], best[2]
+                    if not any(steps):
+                        break
+            if best[1]:
+                return best[1], best[2]
+        raise ModelError(f"no loop has a path for each of {list(map(dict, steps))}; {self._describe()}")
 
     def _describe(self) -> str:
         """What there is instead, for messages."""
@@ -276,7 +342,11 @@ def _read(text: str) -> Iterator[Instruction | str]:
         elif found := _LINE.match(line):
             open_chain = False
             yield Instruction(
-                int(found["address"], 16), found["name"], found["operands"].strip(), found["predicate"] or "", tuple(chain)
+                int(found["address"], 16),
+                found["name"],
+                found["operands"].strip(),
+                found["predicate"] or "",
+                tuple(chain),
             )
 
 
@@ -285,28 +355,42 @@ def functions(text: str) -> dict[str, str]:
     return dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-{5,}|^\.text\.|\Z)", text, re.MULTILINE | re.DOTALL))
 
 
-def in_flight(path: Sequence[Instruction], cached: str = "") -> tuple[int, int]:
-    """Global loads of the path, as (bytes of a lane, how many) at the moment when the most of them are under way: issued,
-    and no register of theirs read or written yet. The path is gone round twice, as loads may be for the next time.
-    Loads from lines of source that match `cached` come from a cache, and don't count."""
-    streams = {i for i in path if i.operation == "LDG" and not (cached and re.search(cached, i.source_text()))}
-    under_way: dict[int, tuple[set[int], int]] = {}
-    most = (0, 0)
+def in_flight(path: Sequence[Instruction], size: Callable[[Instruction], float]) -> float:
+    """Bytes of a lane, as `size` says of every global load, at the moment when the most of them are under way: issued,
+    and no register of theirs read or written yet. The path is gone round twice, as loads may be for the next time."""
+    under_way: dict[int, tuple[frozenset[int], float]] = {}
+    most = 0.0
     for number, instruction in enumerate([*path, *path]):
-        touched = _registers(instruction)
+        touched = instruction.read | instruction.written
         for other in [key for key, (registers, _) in under_way.items() if registers & touched]:
             del under_way[other]
-        if instruction in streams:
-            first = next(iter(_REGISTER.findall(instruction.operands)))
-            width = instruction.width // 8
-            under_way[number] = ({int(first) + k for k in range(max(1, width // 4))}, width)
-            most = max(most, (sum(size for _, size in under_way.values()), len(under_way)))
+        if instruction.operation == "LDG":
+            under_way[number] = (instruction.written, size(instruction))
+            most = max(most, sum(bytes_under_way for _, bytes_under_way in under_way.values()))
     return most
 
 
-def _registers(instruction: Instruction) -> set[int]:
-    touched = {int(number) for number in _REGISTER.findall(instruction.operands)}
-    if instruction.operation in ("STG", "STS"):
-        data = int(_REGISTER.findall(instruction.operands)[-1]) if _REGISTER.search(instruction.operands) else -1
-        touched |= {data + k for k in range(instruction.width // 32)}
-    return touched
+def streams(instruction: Instruction, cached: str) -> bool:
+    """Whether it loads what no cache is expected to have."""
+    return instruction.operation == "LDG" and not (cached and re.search(cached, instruction.source_text()))
+
+
+def cycles_alone(
+    path: Sequence[Instruction], latency: Callable[[Instruction], int], issue: Mapping[str, int]
+) -> tuple[int, Counter[Instruction]]:
+    """Cycles that a warp takes for the path with a scheduler to itself, going round and round: instructions start in
+    order, each when the registers that it reads are there. Also for how long it waited for which instruction."""
+    ready: dict[int, tuple[int, Instruction]] = {}
+    now, begin = 0, 0
+    waits: Counter[Instruction] = Counter()
+    for _ in range(4):
+        begin, waits = now, Counter()
+        for instruction in path:
+            late = max((ready[r] for r in instruction.read if r in ready), key=lambda entry: entry[0], default=None)
+            if late and late[0] > now:
+                waits[late[1]] += late[0] - now
+                now = late[0]
+            for register in instruction.written:
+                ready[register] = (now + latency(instruction), instruction)
+            now += issue.get(instruction.operation, 1)
+    return now - begin, waits

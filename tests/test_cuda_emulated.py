@@ -1,0 +1,203 @@
+"""The CUDA kernels in the emulator: what tests/test_<op>.py doesn't ask of them.
+
+INTI_CUDA_LIBRARY names the emulator, which asks for this file: INTI_CUDA_LIBRARY=$(echo build/emulator/_cuda*.so).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+from op_subject import Subject, as_tuple, assert_same_bits, gradients
+
+from inti_kernels import FusedInTI, InTI, backends, ops
+from inti_kernels.__main__ import main
+from inti_kernels.backends import cuda
+from inti_kernels.cli import _traffic, check
+from inti_kernels.testing import assert_close_three_way, module_case, op_cases, three_way_module
+
+SOME = [
+    pytest.param({}, id="default"),
+    pytest.param({"fusion": "add", "head": "sigmoid", "context": ("cube", "global")}, id="add-sigmoid"),
+    pytest.param({"fusion": "cat", "head": "attention"}, id="cat-attention"),
+    pytest.param({"fusion": "cat", "hidden": 7}, id="cat"),
+    pytest.param({"fusion": "add"}, id="add"),
+    pytest.param({"context": ()}, id="none"),
+    pytest.param({"context": ("cube",)}, id="cube"),
+    pytest.param({"context": ("frame", "global"), "prefix": 0}, id="frame-global"),
+]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# --- The module of InTI -----------------------------------------------------------------------------------------------
+
+
+def kernels(module: InTI) -> set[tuple[str, str]]:
+    """The kernels that a module of this ablation must run, forward and backward."""
+    names = ["depthwise_conv3d"] * ("cube" in module.context)
+    names += {
+        "softmax": ["token_features", "interpolation_head"],
+        "sigmoid": ["token_features"],
+        "attention": ["pair_interpolate"],
+    }[module.head_type]
+    return {(name + direction, "cuda") for name in names for direction in ("", "_backward")}
+
+
+@pytest.mark.parametrize("ablation", SOME)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_inti(dtype: torch.dtype, ablation: dict[str, object]) -> None:
+    inti, x = module_case(dim=10, frames=4, grid=(2, 3), dtype=dtype, **ablation)
+    before = backends.executed.copy()
+    assert_close_three_way(three_way_module(FusedInTI.from_reference(inti, backend="cuda"), x))
+    assert set(backends.executed - before) == kernels(inti)
+
+
+@pytest.mark.parametrize("ablation", SOME)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_inti_under_autocast(dtype: torch.dtype, ablation: dict[str, object]) -> None:
+    inti, x = module_case(dim=10, frames=4, grid=(2, 3), **ablation)
+    before = backends.executed.copy()
+    assert_close_three_way(three_way_module(FusedInTI.from_reference(inti, backend="cuda"), x, autocast=dtype))
+    assert set(backends.executed - before) == kernels(inti)
+
+
+@pytest.mark.parametrize("ablation", SOME)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_autocast_gives_the_dtypes_that_inti_has(
+    dtype: torch.dtype, autocast: torch.dtype, ablation: dict[str, object]
+) -> None:
+    inti, x = module_case(dim=6, frames=4, grid=(2, 3), **ablation)
+    inti.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    results = []
+    for module in (inti, FusedInTI.from_reference(inti, backend="cuda")):
+        value = x.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=autocast):
+            outputs = module(value, return_weights=True)
+        gradient = torch.autograd.grad(sum(out.double().square().sum() for out in outputs), value)
+        results.append((*outputs, *gradient))
+    for plain, kernel in zip(*results, strict=True):
+        assert kernel.dtype == plain.dtype
+        eps = 1e-12 if dtype == torch.float64 else torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(kernel, plain, rtol=0, atol=16 * eps * float(plain.detach().abs().max()))
+
+
+def test_fused_inti_at_the_width_of_vit_b() -> None:
+    inti, x = module_case(dim=768, frames=2, grid=(3, 3), dtype=torch.float32)
+    assert_close_three_way(
+        three_way_module(FusedInTI.from_reference(inti, backend="cuda"), x, autocast=torch.float16, draws=2)
+    )
+
+
+def test_a_hook_on_a_part_of_the_head_is_called() -> None:
+    inti, x = module_case(dim=6, frames=4, grid=(2, 3))
+    calls = []
+    for part in (inti.head.linear2, inti.token.norm):
+        part.register_forward_hook(lambda *_: calls.append(1))
+    fused = FusedInTI.from_reference(inti, backend="cuda")
+    torch.testing.assert_close(fused(x), inti(x))
+    assert len(calls) == 4
+
+
+# --- Threads' order, and the GPU that is played -----------------------------------------------------------------------
+
+CASES = {
+    "pair_interpolate": {"dim": 40},
+    "depthwise_conv3d": {"dim": 24, "grid": (14, 14), "batch": 1},
+    "token_features": {"dim": 40, "grid": (5, 7)},
+    "interpolation_head": {"dim": 40, "grid": (5, 7)},
+}
+
+
+@pytest.fixture
+def emulator() -> Iterator[object]:
+    module = cuda.load()
+    yield module
+    module.set_seed(1)
+    module.set_compute_capability(70)
+
+
+def run(op: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    subject = Subject(op, (), CASES[op], backend="cuda")
+    leaves, call = subject.leaves(dtype)
+    return (*as_tuple(call(*leaves)), *gradients(call, leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", ops.OPS)
+def test_no_order_of_threads_changes_a_bit(op: str, dtype: torch.dtype, emulator: object) -> None:
+    """A missing barrier shows where another thread has been first."""
+    expected = run(op, dtype)
+    for seed in (2, 3, 5):
+        emulator.set_seed(seed)
+        assert_same_bits(run(op, dtype), expected)
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_bfloat16_with_tensor_cores_and_without(op: str, emulator: object) -> None:
+    """Below compute capability 8.0 its products are sums of float32 products."""
+    on_v100 = run(op, torch.bfloat16)
+    emulator.set_compute_capability(80)
+    for a, b in zip(run(op, torch.bfloat16), on_v100, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.detach().float().abs().max()))
+
+
+def test_a_failing_launch_names_its_kernel(emulator: object) -> None:
+    case = op_cases("pair_interpolate", dim=8, frames=2, grid=(1, 1))
+    emulator.start_recording()
+    ops.pair_interpolate(**case.inputs, backend="cuda")
+    (launch,) = emulator.stop_recording()
+    assert launch["kernel"].startswith("interpolate_forward")
+    assert launch["blocks"] == len(launch["traffic"])
+    assert launch["shared_bytes"] <= 96 * 1024
+
+
+# --- Traffic ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["pair_interpolate", "depthwise_conv3d"])
+def traffic(request: pytest.FixtureRequest) -> list[_traffic.Traffic]:
+    """At batch 1, dim 768, 14×14, 16 frames, float16."""
+    return _traffic.count(request.param, torch.float16, backend="cuda")
+
+
+def test_traffic(traffic: list[_traffic.Traffic]) -> None:
+    assert len(traffic) in (2, 9), "forward and backward, or three passes of three convolutions"
+    for row in traffic:
+        print(row)
+    for row in traffic:
+        assert row.programs >= 160, row
+        # A prefix token isn't read by a convolution, so that a little less than everything can be moved.
+        assert 0.95 < row.through_l2 <= row.traffic <= 1.3, row
+        assert row.through_l2 <= 1.15, row
+
+
+# --- check, bench, info -----------------------------------------------------------------------------------------------
+
+
+def test_check_covers_every_op(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one dtype, which is enough to see the rows; `make cuda-check` runs them all."""
+    monkeypatch.setattr(check, "DTYPES", (torch.float16,))
+    monkeypatch.setattr(check, "PREFIXES", (1,))
+    assert main(["check", "--backend", "cuda", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["counts"]) == {"pass"}
+    assert {row["what"] for row in report["rows"]} == {*ops.OPS, "FusedInTI"}
+    assert all("cuda" in row["backend"] for row in report["rows"])
+
+
+def test_bench_prints_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--dim", "32", "--frames", "2", "--grid", "2x2", "--dtype", "float16"]
+    assert main(["bench", "--traffic", "--backend", "cuda", *small]) == 0
+    out = capsys.readouterr().out
+    assert "Bytes moved by the CUDA kernels" in out
+    assert "backward to weight, bias" in out
+
+
+def test_info_says_that_it_is_emulated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cuda"]["build"]["emulated"] is True
+    assert facts["backends"]["cpu"]["ops"]["token_features"]["cuda"] == []
