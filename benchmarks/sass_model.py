@@ -220,7 +220,11 @@ COLUMN_OF = {
 def report(words: list[str], counts: bool, blamed: bool, as_markdown: bool) -> list[Prediction]:
     """Prints the predictions, those of a kernel below its name."""
     rows: list[Prediction] = []
-    if not as_markdown:
+    if as_markdown:
+        head = ["kernel", "registers / blocks", "B", *dict.fromkeys(COLUMN_OF.values()), "other"]
+        head += ["memory", "issue", "latency", "of bandwidth", "strictly", "HMMA share", "KiB in flight"]
+        print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    else:
         print(HEAD.strip("\n"))
     for row, path, model in predictions(*words):
         first = not rows or rows[-1].kernel != row.kernel
@@ -248,16 +252,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--counts", action="store_true", help="instructions of a lane for an element, by kind, and pipes"
     )
     parser.add_argument("--blame", action="store_true", help="lines of source with the most instructions and waits")
-    parser.add_argument(
-        "--markdown", action="store_true", help="rows for the README instead, of each kernel's first size"
-    )
+    parser.add_argument("--markdown", action="store_true", help="the README's table instead: each kernel's first size")
     parser.add_argument("--json", type=Path, help="write all figures to a file")
     args = parser.parse_args(arguments)
     if reason := cubins.why_not():
         raise SystemExit(f"sass_model: {reason}")
     try:
         rows = report(args.words, args.counts, args.blame, args.markdown)
-    except ModelError as error:
+    except (ModelError, RuntimeError) as error:
         raise SystemExit(f"sass_model: {error}") from None
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n")

@@ -121,4 +121,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _output(*command: str | Path) -> str:
-    return subprocess.run(list(command), capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(list(command), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+    return done.stdout

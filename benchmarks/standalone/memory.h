@@ -88,10 +88,8 @@ class Memory {
     for (size_t i = 0; i < bytes.size(); ++i) {
       if (i == kGuard) i += bytes_;
       if (bytes[i] != 0xff) {
-        const bool before = i < kGuard;
-        throw std::runtime_error(std::string(what) + ": written " +
-                                 (before ? "before its begin, by " : "past its end, by ") +
-                                 std::to_string(before ? kGuard - i : i - kGuard - bytes_ + 1) + " bytes");
+        throw std::runtime_error(std::string(what) + ": memory " + (i < kGuard ? "before its begin" : "past its end") +
+                                 " was written to");
       }
     }
     return std::vector<unsigned char>(bytes.begin() + kGuard, bytes.begin() + kGuard + bytes_);

@@ -39,18 +39,17 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T>)
   const int pitch = tile_pitch<P, SPACE>(p.tiling.strips);
   const Shared<Wide<T>> taps = dynamic_shared<Wide<T>>(layout.taps);
   const Shared<T> buffers = dynamic_shared<T>(layout.tiles);
-  const Shared<int64_t> offsets = dynamic_shared<int64_t>(layout.offsets);
   stage_taps<TAPS, T>(taps, p.weight, p.bias, p.parameter_dtype, place.channel, p.dim);
-  const Output<T> out{p.y + (static_cast<int64_t>(place.clip) * out_frames * (p.prefix + patches) + p.prefix) * p.dim,
+  const Output<T> out{p.y, (static_cast<int64_t>(place.clip) * out_frames * (p.prefix + patches) + p.prefix) * p.dim,
                       (p.prefix + patches) * p.dim, p.dim, false};
   if (place.tile == 0) clear_prefix<V>(place, out, p.prefix, place.first, place.last);
 
   const Writer<T, V, P> writer(place, p.tiling, out, dynamic_shared<T>(layout.exchange),
-                               offsets + 2 * kItems<T, V> * blockDim.x);
+                               dynamic_shared<int64_t>(layout.offsets));
 
-  const T* x = p.x + static_cast<int64_t>(place.clip) * p.x_strides.batch + p.prefix * p.x_strides.token;
-  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{x, p.x_strides.frame, p.x_strides.token}, p.position, p.dim,
-                                offsets);
+  const int64_t start = static_cast<int64_t>(place.clip) * p.x_strides.batch + p.prefix * p.x_strides.token;
+  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{p.x, start, p.x_strides.frame, p.x_strides.token},
+                                p.position, p.dim, layout);
   const Shared<Wide<T>> own_taps = taps + place.lane * C;
   const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
   Sums<T, P> before, at, behind;  // the outputs that a frame feeds, by its time taps 2, 1 and 0
@@ -130,27 +129,24 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T>)
   const Shared<Wide<T>> taps = dynamic_shared<Wide<T>>(layout.taps);
   const Shared<Wide<T>> warp_sums = dynamic_shared<Wide<T>>(layout.sums);
   const Shared<T> buffers = dynamic_shared<T>(layout.tiles);
-  const Shared<int64_t> offsets = dynamic_shared<int64_t>(layout.offsets);
   stage_taps<TAPS, T>(taps, p.weight, nullptr, p.parameter_dtype, place.channel, p.dim);
   const int64_t frame_size = (p.prefix + patches) * p.dim;
-  T* grad_x =
-      p.grad_x ? p.grad_x + static_cast<int64_t>(place.clip) * p.frames * frame_size + p.prefix * p.dim : nullptr;
-  const Output<T> out{grad_x, frame_size, p.dim, p.accumulate};
+  const Output<T> out{p.grad_x, static_cast<int64_t>(place.clip) * p.frames * frame_size + p.prefix * p.dim, frame_size,
+                      p.dim, p.accumulate};
   const Writer<T, V, P> writer(place, p.tiling, out, dynamic_shared<T>(layout.exchange),
-                               offsets + 2 * kItems<T, V> * blockDim.x);
-  if (place.tile == 0 && grad_x && !p.accumulate)
+                               dynamic_shared<int64_t>(layout.offsets));
+  if (place.tile == 0 && p.grad_x && !p.accumulate)
     clear_prefix<V>(place, out, p.prefix, STRIDE * place.first, STRIDE * place.last);
   Wide<T>* partials = p.partials;
   if (partials) partials += (static_cast<int64_t>(place.clip) * p.tiling.tiles + place.tile) * p.frames * p.dim;
 
-  const T* grad_y =
-      p.grad_y + static_cast<int64_t>(place.clip) * p.grad_strides.batch + p.prefix * p.grad_strides.token;
-  const Frames<T> frames{grad_y, p.grad_strides.frame, p.grad_strides.token};
-  Stager<T, V, P, SPACE> stager(place, p.tiling, frames, nullptr, p.dim, offsets);
+  const int64_t start = static_cast<int64_t>(place.clip) * p.grad_strides.batch + p.prefix * p.grad_strides.token;
+  const Frames<T> frames{p.grad_y, start, p.grad_strides.frame, p.grad_strides.token};
+  Stager<T, V, P, SPACE> stager(place, p.tiling, frames, nullptr, p.dim, layout);
   const Shared<Wide<T>> own_taps = taps + place.lane * C;
   const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
   const auto finish_frame = [&](const Sums<T, P>& sums, int frame) {
-    if (grad_x) writer.write(sums, place, frame);
+    if (p.grad_x) writer.write(sums, place, frame);
     if (partials) sum_tile(sums, place, warp_sums, partials + frame * p.dim, p.dim);
   };
   Sums<T, P> before, at, behind;
@@ -227,11 +223,10 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, 1)
   const Layout<T, V, P, SPACE> layout(p.tiling);
   const int pitch = tile_pitch<P, SPACE>(p.tiling.strips);
   const Shared<T> buffers = dynamic_shared<T>(layout.tiles);
-  const Shared<int64_t> offsets = dynamic_shared<int64_t>(layout.offsets);
   const Shared<W> shared = dynamic_shared<W>(0);  // [warps, kSlab, TAPS + 1], when the tiles are done with
-  const T* x = p.x + static_cast<int64_t>(place.clip) * p.x_strides.batch + p.prefix * p.x_strides.token;
-  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{x, p.x_strides.frame, p.x_strides.token}, p.position, p.dim,
-                                offsets);
+  const int64_t start = static_cast<int64_t>(place.clip) * p.x_strides.batch + p.prefix * p.x_strides.token;
+  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{p.x, start, p.x_strides.frame, p.x_strides.token},
+                                p.position, p.dim, layout);
   const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
   const int64_t channel = place.channel + place.lane * C;
   const T* grad_y =

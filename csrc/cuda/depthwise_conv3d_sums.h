@@ -78,7 +78,8 @@ __device__ void stage_taps(Shared<Wide<T>> to, const void* weight, const void* b
 // Where finished tiles go: y, or the gradient of x.
 template <class T>
 struct Output {
-  T* first;       // frame 0's first patch in this clip
+  T* base;  // the first patch of the clip's frame 0 is at base + start
+  int64_t start;
   int64_t frame;  // from frame to frame
   int64_t dim;
   bool accumulate;
@@ -91,13 +92,13 @@ struct Writer {
   static constexpr int C = kChannelsPerThread<T>, kVectors = kSlab<T> / V, kStrips = 32 / kLanes;
   static constexpr int kVectorsOfWarp = kStrips * P * kVectors, kSteps = inti::cuda::kSteps<T, V, P>;
   Output<T> out;
-  Shared<T> exchange;       // [strips of the block, kStripPitch]
-  Offsets<kSteps> offsets;  // in a frame, of what the thread writes in each step, or -1
+  Shared<T> exchange;                // [strips of the block, kStripPitch]
+  Offsets<kSteps, int64_t> offsets;  // in a frame, of what the thread writes in each step, or -1
 
   __device__ Writer(const Place<T, P>& place, const Tiling& tiling, const Output<T>& out, Shared<T> exchange,
                     Shared<int64_t> offsets)
       : out(out), exchange(exchange + threadIdx.x / 32 * kStrips * kStripPitch<T, P>), offsets{offsets} {
-    if (out.first) this->out.first += place.channel;
+    this->out.start += place.channel;
     if constexpr (V > 1) {
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -107,14 +108,15 @@ struct Writer {
         const int column = place.left + strip / tiling.rows * P + number / kVectors % P;
         const bool there = number < kVectorsOfWarp && strip < tiling.rows * tiling.strips && row < place.height &&
                            column < place.width && place.channel + number % kVectors * V < out.dim;
-        this->offsets.set(
-            i, there ? (static_cast<int64_t>(row) * place.width + column) * out.dim + number % kVectors * V : -1);
+        this->offsets.set(i, there ? this->out.start + (static_cast<int64_t>(row) * place.width + column) * out.dim +
+                                         number % kVectors * V
+                                   : -1);
       }
     }
   }
 
   __device__ void write(const Sums<T, P>& sums, const Place<T, P>& place, int frame) const {
-    T* to = out.first + frame * out.frame;
+    T* to = out.base + frame * out.frame;
     if constexpr (V == 1) {
 #pragma unroll
       for (int p = 0; p < P; ++p) {
@@ -122,7 +124,7 @@ struct Writer {
 #pragma unroll
         for (int c = 0; c < C; ++c) {
           if (place.channel + place.lane * C + c >= out.dim) continue;
-          T* at = to + place.patch(p) * out.dim + place.lane * C + c;
+          T* at = to + out.start + place.patch(p) * out.dim + place.lane * C + c;
           store(at, narrow<T>(out.accumulate ? sums.at[p][c] + widen(load(at)) : sums.at[p][c]));
         }
       }
@@ -165,7 +167,8 @@ __device__ void clear_prefix(const Place<T, P>& place, const Output<T>& out, int
   for (int i = threadIdx.x; i < (end - begin) * per_frame; i += blockDim.x) {
     const int64_t frame = begin + i / per_frame;
     const int token = i % per_frame / kVectors, channel = place.channel + i % kVectors * V;
-    if (channel < out.dim) store(out.first + frame * out.frame + (token - prefix) * out.dim + channel, Vec<T, V>{});
+    if (channel < out.dim)
+      store(out.base + out.start + frame * out.frame + (token - prefix) * out.dim + channel, Vec<T, V>{});
   }
 }
 

@@ -33,10 +33,12 @@ struct Tiling {
   int threads;
 };
 
-// Tokens as kernels read them; `first` is the first patch of the clip's frame 0.
+// Tokens as kernels read them: the first patch of the clip's frame 0 is at base + start. (What is the same for all
+// threads of a launch takes no register; `start` ends in the threads' offsets.)
 template <class T>
 struct Frames {
-  const T* first;
+  const T* base;
+  int64_t start;
   int64_t frame, token;  // strides
 };
 
@@ -80,19 +82,19 @@ struct Place {
   __device__ int64_t patch(int p) const { return static_cast<int64_t>(top + row) * width + left + column + p; }
 };
 
-// Offsets that a thread needs once a frame, [N, threads]. In shared memory: the sums leave no registers for them.
-template <int N>
-struct Offsets {
-  Shared<int64_t> at;
-  __device__ void set(int i, int64_t offset) const { store(at + (i * blockDim.x + threadIdx.x), offset); }
-  __device__ int64_t get(int i) const { return load(at + (i * blockDim.x + threadIdx.x)); }
-};
-
 // Patches from row to row of a tile in shared memory: odd, so that the rows that a warp reads lie in different banks.
 template <int P, int SPACE>
 __device__ __host__ constexpr int tile_pitch(int strips) {
   return (strips * P + SPACE - 1) | 1;
 }
+
+// Offsets that a thread needs once a frame, [N, threads]. In shared memory: the sums leave no registers for them.
+template <int N, class I>
+struct Offsets {
+  Shared<I> at;
+  __device__ void set(int i, I offset) const { store(at + (i * blockDim.x + threadIdx.x), offset); }
+  __device__ I get(int i) const { return load(at + (i * blockDim.x + threadIdx.x)); }
+};
 
 // From strip to strip of a warp's finished patches in shared memory, in elements: an odd number of rows of a slab, so
 // that the four strips lie in different banks.
@@ -113,7 +115,8 @@ template <class T, int V, int P, int SPACE>
 struct Layout {
   int taps;      // [3·SPACE·SPACE + 1, kSlab], wide
   int sums;      // [warps, kSlab], wide
-  int offsets;   // [2·kItems + kSteps, threads], int64_t
+  int offsets;   // [kSteps + kItems, threads], int64_t
+  int places;    // [kItems, threads], int
   int tiles;     // two of [rows + SPACE - 1, pitch, kSlab]
   int tile;      // elements of one
   int exchange;  // [strips, kStripPitch]
@@ -124,7 +127,8 @@ struct Layout {
     taps = 0;
     sums = taps + (3 * SPACE * SPACE + 1) * kSlab<T> * kWide;
     offsets = sums + tiling.threads / 32 * kSlab<T> * kWide;
-    tiles = offsets + (2 * kItems<T, V> + kSteps<T, V, P>)*tiling.threads * 8;
+    places = offsets + (kSteps<T, V, P> + kItems<T, V>)*tiling.threads * 8;
+    tiles = places + kItems<T, V> * tiling.threads * 4;
     exchange = tiles + 2 * tile * kNumber;
     bytes = exchange + tiling.threads / kLanes * kStripPitch<T, P> * kNumber;
   }
@@ -138,23 +142,23 @@ struct Stager {
   static constexpr int kVectors = kSlab<T> / V, kItems = inti::cuda::kItems<T, V>;
 
   Frames<T> frames;
-  const Wide<T>* position;       // of frame 0, at the slab's first channel; or null
-  int64_t position_step;         // from frame to frame
-  int top, left, rows, columns;  // what is loaded: the tile and its halo, on the grid
-  int width, corner, pitch;      // corner: place of (top, left) in a buffer, in patches
-  int channels;                  // of the slab that exist
-  Offsets<kItems> sources;       // of a thread's vectors in a frame, or -1
-  Offsets<kItems> targets;       // in a buffer
+  const Wide<T>* position;           // of frame 0, at the slab's first channel; or null
+  int64_t position_step;             // from frame to frame
+  int top, left, rows, columns;      // what is loaded: the tile and its halo, on the grid
+  int width, corner, pitch;          // corner: place of (top, left) in a buffer, in patches
+  int channels;                      // of the slab that exist
+  Offsets<kItems, int64_t> sources;  // of a thread's vectors in a frame, or -1
+  Offsets<kItems, int> targets;      // in a buffer
   Loaded<T, V> held[kItems];
 
   __device__ Stager(const Place<T, P>& place, const Tiling& tiling, Frames<T> frames, const Wide<T>* position,
-                    int64_t dim, Shared<int64_t> offsets)
+                    int64_t dim, const Layout<T, V, P, SPACE>& layout)
       : frames(frames),
         position(position),
         position_step(dim),
         width(place.width),
-        sources{offsets},
-        targets{offsets + kItems * blockDim.x} {
+        sources{dynamic_shared<int64_t>(layout.offsets) + kSteps<T, V, P> * tiling.threads},
+        targets{dynamic_shared<int>(layout.places)} {
     constexpr int halo = SPACE / 2;
     pitch = tile_pitch<P, SPACE>(tiling.strips);
     top = place.top - halo > 0 ? place.top - halo : 0;
@@ -164,7 +168,7 @@ struct Stager {
     columns = (behind < width ? behind : width) - left;
     corner = (top - place.top + halo) * pitch + left - place.left + halo;
     channels = dim - place.channel < kSlab<T> ? static_cast<int>(dim - place.channel) : kSlab<T>;
-    this->frames.first += place.channel;
+    this->frames.start += place.channel;
     if (position) this->position += place.channel;
     if constexpr (V > 1) {
 #pragma unroll
@@ -172,7 +176,7 @@ struct Stager {
         int patch, target;
         find(threadIdx.x + i * blockDim.x, patch, target);
         targets.set(i, target);
-        sources.set(i, patch < 0 ? -1 : patch * this->frames.token + channel());
+        sources.set(i, patch < 0 ? -1 : this->frames.start + patch * this->frames.token + channel());
       }
     }
   }
@@ -212,7 +216,7 @@ struct Stager {
 
   __device__ void fetch(int frame) {
     if constexpr (V > 1) {
-      const T* from = frames.first + frame * frames.frame;
+      const T* from = frames.base + frame * frames.frame;
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const int64_t source = sources.get(i);
@@ -229,10 +233,10 @@ struct Stager {
       for (int i = 0; i < kItems; ++i) {
         if (sources.get(i) < 0) continue;
         const auto value = held[i].numbers();
-        store(buffer + static_cast<int>(targets.get(i)), position ? sum(value, row) : value);
+        store(buffer + targets.get(i), position ? sum(value, row) : value);
       }
     } else if (exists) {
-      const T* first = frames.first + frame * frames.frame + channel();
+      const T* first = frames.base + frames.start + frame * frames.frame + channel();
       for (int item = threadIdx.x; item < items(); item += blockDim.x) {
         int from, to;
         find(item, from, to);

@@ -243,15 +243,16 @@ __global__ void __launch_bounds__(32 * kHiddenWarps, sizeof(T) == 8 ? 2 : 4)
   }
   if (!p.frame_partials && !p.weight2_partials) return;
   const int64_t hidden = p.hidden, frames = p.frames, tile_in_frame = tile.tile % p.cut.tiles;
-  sum_over_warps<kHiddenWarps>(dynamic_shared<W>(0), sums, [&](int which, int at, const auto& total) {
-    const int to = first_column + at;
-    if (to >= p.hidden) return;
-    if (which == 1) {
-      if (p.weight2_partials) store(p.weight2_partials + tile.tile * hidden + to, total);
-    } else if (p.frame_partials) {
-      store(p.frame_partials + (tile_in_frame * frames + tile.frame) * hidden + to, total);
-    }
-  });
+  sum_over_warps<kHiddenWarps>(dynamic_shared<W>(0), sums,
+                               [&](int which, int at, const Vec<W, kExchanged<W, V>>& total) {
+                                 const int to = first_column + at;
+                                 if (to >= p.hidden) return;
+                                 if (which == 1) {
+                                   if (p.weight2_partials) store(p.weight2_partials + tile.tile * hidden + to, total);
+                                 } else if (p.frame_partials) {
+                                   store(p.frame_partials + (tile_in_frame * frames + tile.frame) * hidden + to, total);
+                                 }
+                               });
 }
 
 // Sums of weight2_partials, which are the gradient of the first row, and less itself that of the second.

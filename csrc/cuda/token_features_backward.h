@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(32 * kWarps, sizeof(T) == 8 ? 3 : 5)
   if (!p.partials) return;
   W* partials = p.partials + static_cast<int64_t>(tile.tile) * p.width + first_column;
   const int columns = p.width - first_column;
-  sum_over_warps<kWarps>(dynamic_shared<W>(0), sums, [&](int, int at, const auto& total) {
+  sum_over_warps<kWarps>(dynamic_shared<W>(0), sums, [&](int, int at, const Vec<W, kExchanged<W, V>>& total) {
     if (at < columns) store(partials + at, total);
   });
 }
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) token_features_backward_norm_k
     }
     if (!p.norm_partials && !p.position_partials) continue;
     const Shared<W> buffer = dynamic_shared<W>(0) + (kTerms + step % 2 * kBuffer);
-    sum_over_warps<kWarps>(buffer, sums, [&](int which, int at, const auto& total) {
+    sum_over_warps<kWarps>(buffer, sums, [&](int which, int at, const Vec<W, kExchanged<W, V>>& total) {
       if (base + at >= p.in.dim) return;
       if (which < 2) {
         if (p.norm_partials) store(p.norm_partials + (2 * int64_t{tile.tile} + which) * dim + (base + at), total);
