@@ -18,6 +18,7 @@ from inti_kernels.ops import OPS
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Naming the emulator asks for the cuda backend: INTI_CUDA_LIBRARY=build/emulator/_cuda….so
 EMULATED = bool(os.environ.get("INTI_CUDA_LIBRARY")) and not INTERPRETED
+UNDER_TEST = "triton" if INTERPRETED else "cuda" if EMULATED else "cpu"
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("fast", max_examples=8 if INTERPRETED else 25, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=400, **_COMMON)
@@ -31,6 +32,18 @@ collect_ignore = [
     *([] if INTERPRETED else ["test_triton_interpreted.py"]),
     *([] if EMULATED else ["test_cuda_emulated.py"]),
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only_under_test(backend): left out where another backend is under test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def belongs(item: pytest.Item) -> bool:
+        return all(mark.args[0] == UNDER_TEST for mark in item.iter_markers("only_under_test"))
+
+    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
+    items[:] = filter(belongs, items)
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +67,8 @@ def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 def variants() -> list[str]:
     """Every backend under test: the cpu backend once for each instruction set of this machine or, where Triton's
     interpreter or the emulator of CUDA is asked for, triton or cuda alone."""
-    if INTERPRETED:
-        return ["triton"]
-    if EMULATED:
-        return ["cuda"]
+    if UNDER_TEST != "cpu":
+        return [UNDER_TEST]
     if native.why_not_native():
         return ["cpu"]  # and the tests fail with the reason
     forced = os.environ.get("INTI_CPU")
@@ -78,7 +89,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     module.set_cpu_isa(before)
 
 
-@pytest.fixture(params=["triton" if INTERPRETED else "cuda" if EMULATED else "cpu"])
+@pytest.fixture(params=[UNDER_TEST])
 def kernels(request: pytest.FixtureRequest) -> str:
     """The backend under test, in the one state that it starts in."""
     return request.param

@@ -4,7 +4,7 @@
     python tests/mutants.py [--suite depthwise_conv3d]
 
 Works on a copy of the tree under build/mutants, built for the baseline instruction set; the Triton kernels run in
-Triton's interpreter. Exit status 1 if a fault survives. A fault that no test catches is a missing test, not a fault to
+Triton's interpreter, the CUDA kernels in the emulator. Exit status 1 if a fault survives. A fault that no test catches is a missing test, not a fault to
 take off the list.
 """
 
@@ -124,6 +124,79 @@ MUTANTS = {
         ("a tile's patches are the next one's too", "live = (inside < tile_tokens) & (token < height * width)", "live = token < height * width"),
         ("the taps of a row are mirrored", "* SPACE + h) * SPACE + w) * TAP_STEP", "* SPACE + h) * SPACE + SPACE - 1 - w) * TAP_STEP"),
     ),
+    "cuda pair_interpolate": _mutants(
+        "csrc/cuda/interpolate.h",
+        ("a missing barrier: sums are added up before they are there", "    __syncthreads();\n    // A thread adds up", "    // A thread adds up"),
+        ("one buffer instead of two", "(step % 2) * kBuffer", "0 * kBuffer"),
+        ("a lane is left out of the warp's sum", "for (int distance = 16; distance > 0; distance /= 2) sum +=", "for (int distance = 8; distance > 0; distance /= 2) sum +="),
+        ("the second frame has the first one's position", "odd_position = load_position<T, V>(position + p.dim + channel);", "odd_position = load_position<T, V>(position + channel);"),
+        ("a token that isn't there is written", "if (live[i]) store(to[i]", "if (true) store(to[i]"),
+        ("a token that isn't there has weights", "alpha[i] = live[i] ? weights.first : 0;", "alpha[i] = weights.first;"),
+        ("a tile's tokens are the next one's too", "if (last > p.tokens) last = p.tokens;", "last = p.tokens;"),
+        ("the buffer is overwritten", "odd_grad[k] += old_odd[k];", ";"),
+        ("the weights' own gradient is dropped", "(static_cast<S>(sum) + source.grad_difference(pair))", "static_cast<S>(sum)"),
+        ("the batch stride is ignored", "static_cast<const T*>(p.grad_z) + at.clip * p.grad_z_strides.batch", "static_cast<const T*>(p.grad_z) + 0 * p.grad_z_strides.batch"),
+        ("accesses wider than the strides allow", "dim % unit == 0 && divides(unit, strides) && aligned(position)", "dim % unit == 0 && aligned(position)"),
+    )
+    + _mutants(
+        "csrc/cuda/pair_interpolate.cu",
+        ("large logits overflow", "exponential(first - largest), b = exponential(second - largest)", "exponential(first), b = exponential(second)"),
+        ("float64 logits in float32", "if (shape.logits_dtype != DType::float64) return", "if (true) return"),
+    )
+    + _mutants(
+        "csrc/cuda/partial_sums.h",
+        ("the last partial sums are dropped", "for (; k < count; k += kSumGroups, at += step) sums[0]", "for (; k < count - 1; k += kSumGroups, at += step) sums[0]"),
+    ),
+    "cuda depthwise_conv3d": _mutants(
+        "csrc/cuda/depthwise_conv3d_tile.h",
+        ("a missing barrier: a frame's tile is overwritten while it is read", "    if (frame + 1 < end) stager.put(buffers + (turn ^ 1) * size, frame + 1);\n    __syncthreads();", "    if (frame + 1 < end) stager.put(buffers + (turn ^ 1) * size, frame + 1);"),
+        ("the padding isn't cleared", "S::clear(buffers, 2 * size);", "S::clear(buffers, size);"),
+        ("the halo begins a row late", "top = place.top - halo > 0 ? place.top - halo : 0;", "top = place.top;"),
+        ("a strip's patches run past the grid", "there < P ? (1u << there) - 1 : (1u << P) - 1", "(1u << P) - 1"),
+        ("a channel that doesn't exist is loaded", "item < items() && channel < channels ?", "item < items() ?"),
+        ("the position of another frame", "position + frame * position_step + channel()", "position + channel()"),
+    )
+    + _mutants(
+        "csrc/cuda/depthwise_conv3d_sums.h",
+        ("a warp's strips are written before they are exchanged", "      __syncwarp();\n#pragma unroll", "#pragma unroll"),
+        ("the taps aren't turned", "TURNED ? 3 * SPACE * SPACE - 1 - tap : tap", "tap"),
+        ("the buffer is overwritten", "sum[k] += old[k];", ";"),
+        ("a prefix token is left unwritten", "const int per_frame = prefix * kVectors;", "const int per_frame = prefix * kVectors - kVectors;"),
+        ("patches off the grid count in the position's sums", "sum += place.inside(p) ? sums.at[p][c] : 0;", "sum += sums.at[p][c];"),
+    )
+    + _mutants(
+        "csrc/cuda/depthwise_conv3d.cu",
+        ("the run's last frame is dropped", "if (STRIDE == 1 && place.last == p.frames) writer.write(at", "if (false) writer.write(at"),
+        ("a bias's gradient counts an output twice", "    arrive();\n    shift(0, 1);", "    arrive();\n    arrive();\n    shift(0, 1);"),
+        ("the gradient of the frame before is dropped", "if (STRIDE == 1 && begin > 0) --begin;", ";"),
+    ),
+    "cuda token_features": _mutants(
+        "csrc/cuda/gemm.h",
+        ("a missing barrier between staging and the tensor cores", "    if (more) stage((step + 1) % 2);\n    __syncthreads();\n  }\n  wmma_finish", "    if (more) stage((step + 1) % 2);\n  }\n  wmma_finish"),
+        ("a missing barrier between staging and the sums", "    if (more) stage((step + 1) % 2);\n    __syncthreads();\n  }\n  fma_finish", "    if (more) stage((step + 1) % 2);\n  }\n  fma_finish"),
+        ("a warp reads its sums before all lanes have left them", "    __syncwarp();\n#pragma unroll 1", "#pragma unroll 1"),
+        ("one buffer instead of two", "const Shared<T> weights = shared + (step % 2 * Tile::kBuffer", "const Shared<T> weights = shared + (0 * Tile::kBuffer"),
+        ("the rotation is forgotten", "a_row ^ rotation", "a_row"),
+    )
+    + _mutants(
+        "csrc/cuda/token_features.cu",
+        ("the frames of a pair change places", "(2 * pair + place.frame % 2) * columns", "(2 * pair + 1 - place.frame % 2) * columns"),
+        ("eps is forgotten", "moments.variance() + p.eps", "moments.variance()"),
+        ("the position is not normalised with its token", "run[k] + late.position[i][k] - mean[i]", "run[k] - mean[i]"),
+    ),
+    "cuda interpolation_head": _mutants(
+        "csrc/cuda/interpolation_head.cu",
+        ("the columns past the edge are summed", "if (k < at.left) total += gelu(sums[k])", "total += gelu(sums[k]) + (k < at.left ? W(0) : W(1)) + 0 * gelu(sums[k])"),
+        ("another frame's bias", "frame_bias + static_cast<int64_t>(row / tokens) * columns", "frame_bias + static_cast<int64_t>(0) * columns"),
+        ("the second bias is forgotten", "read<W>(bias2, dtype, 0) - read<W>(bias2, dtype, 1)", "read<W>(bias2, dtype, 0)"),
+        ("the last partial difference is dropped", "for (int i = 0; i < count; ++i) sum += load(partials", "for (int i = 0; i < count - 1; ++i) sum += load(partials"),
+        ("the second row's gradient has the wrong sign", "write(to, dtype, hidden + i, -sum);", "write(to, dtype, hidden + i, sum);"),
+        ("small weights lose their digits", "second(1 / (1 + exponential(logits)))", "second(1 - 1 / (1 + exponential(-logits)))"),
+    )
+    + _mutants(
+        "csrc/cuda/column_sums.h",
+        ("a missing barrier: the warps' sums are added up before they are there", "  __syncthreads();\n", ""),
+    ),
     "triton": _mutants(
         "inti_kernels/backends/triton/_launch.py",
         ("the last partial sum is dropped", "for first in range(0, count, 8):", "for first in range(0, count - 1, 8):"),
@@ -141,6 +214,9 @@ TESTS = {
     "triton pair_interpolate": ["tests/test_pair_interpolate.py", "tests/test_triton_interpreted.py"],
     "triton depthwise_conv3d": ["tests/test_depthwise_conv3d.py", "tests/test_triton_interpreted.py"],
     "triton": ["tests/test_triton_interpreted.py"],
+} | {
+    f"cuda {op}": [f"tests/test_{op}.py", "tests/test_cuda_emulated.py"]
+    for op in ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head")
 }
 SLOW = "not compile and not opcheck and not export"  # a compiler is what they wait for
 SLOW_INTERPRETED = f"{SLOW} and not traffic and not 682 and not checkpointed and not vmap"
@@ -153,7 +229,7 @@ def main() -> int:
     _copy()
     caught = survived = 0
     for suite in suites:
-        _build()
+        _build(suite)
         if not _passes(suite):
             print(f"{suite}: the tests fail without any fault; nothing can be said of the mutants")
             return 1
@@ -177,7 +253,7 @@ def _copy() -> None:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_native*"))
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_native*", "_cuda*.so"))
         else:
             shutil.copy2(source, tree / name)
 
@@ -191,21 +267,23 @@ def _survives(suite: str, mutant: Mutant) -> bool:
         )
     path.write_text(text.replace(mutant.old, mutant.new))
     try:
-        _build()
+        _build(suite)
         return _passes(suite)
     finally:
         path.write_text(text)
 
 
-def _build() -> None:
+def _build(suite: str) -> None:
     # The tools that pip installed stand beside this Python.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = {**os.environ, "PATH": path}
     build = WORK / "build"
     if not (build / "build.ninja").exists():
         options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DINTI_CPU_ISAS=baseline"]
+        options.append("-DINTI_EMULATOR=ON")
         _run(["cmake", "-S", str(WORK / "tree"), "-B", str(build), *options], environment)
-    _run(["cmake", "--build", str(build)], environment)
+    target = "cuda_emulated" if suite.startswith("cuda") else "_native"
+    _run(["cmake", "--build", str(build), "--target", target], environment)
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
@@ -216,20 +294,25 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 def _passes(suite: str) -> bool:
     """Whether a suite's tests pass; a crash or a hang is a caught fault too. What needs a compiler is left out: slow."""
-    (library,) = (WORK / "build").glob("_native*")
-    environment = {**os.environ, "INTI_NATIVE_LIBRARY": str(library), "PYTHONPATH": str(WORK / "tree")}
-    environment["HYPOTHESIS_PROFILE"] = "mutants"
+    environment = {**os.environ, "PYTHONPATH": str(WORK / "tree"), "HYPOTHESIS_PROFILE": "mutants"}
+    # The tests run on the CUDA backend alone where its library is named.
+    module = "_cuda" if suite.startswith("cuda") else "_native"
+    (library,) = (WORK / "build").glob(f"{module}*")
+    environment["INTI_CUDA_LIBRARY" if module == "_cuda" else "INTI_NATIVE_LIBRARY"] = str(library)
     interpreted = suite.startswith("triton")
+    slow = interpreted or suite.startswith("cuda")
+    if slow:
+        environment["OMP_NUM_THREADS"] = "1"
     if interpreted:
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command += ["-n", "2"] if interpreted else []
+    command += ["-n", "2"] if slow else []
     command += [*TESTS.get(suite, [f"tests/test_{suite}.py"]), "-k", SLOW_INTERPRETED if interpreted else SLOW]
     try:
         done = subprocess.run(command, cwd=WORK / "tree", env=environment, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
         return False
-    if done.returncode == 2 and interpreted and re.search(r"\b[1-9]\d* failed", done.stdout):
+    if done.returncode == 2 and slow and re.search(r"\b[1-9]\d* failed", done.stdout):
         return False  # what xdist makes of -x
     if done.returncode in (2, 3, 4, 5):  # interrupted, internal error, usage, no tests: not a verdict
         raise SystemExit(f"pytest did not run the tests of {suite}:\n{done.stdout}{done.stderr}")

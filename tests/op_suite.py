@@ -38,9 +38,10 @@ EMULATED = bool(os.environ.get("INTI_CUDA_LIBRARY")) and not INTERPRETED
 UNDER_TEST = "triton" if INTERPRETED else "cuda" if EMULATED else "cpu"
 
 
-# For ops that are a plain PyTorch expression but for the CUDA kernels: what is of the one, and of the others.
-plain_only = pytest.mark.skipif(UNDER_TEST != "cpu", reason="of plain PyTorch, not of the backend under test")
-kernels_only = pytest.mark.skipif(not EMULATED, reason="of the CUDA kernels")
+# For ops that are a plain PyTorch expression but for the CUDA kernels: what is of the others, and of these. The rest of
+# a run has no such tests (conftest.py), instead of skipping them.
+plain_only = pytest.mark.only_under_test("cpu")
+kernels_only = pytest.mark.only_under_test("cuda")
 
 
 def sizes(compiled: Any, interpreted: Any, emulated: Any = None) -> Any:

@@ -91,6 +91,23 @@ def test_fused_inti_at_the_width_of_vit_b() -> None:
     )
 
 
+def test_fused_inti_compiles_whole_and_exports() -> None:
+    inti, x = module_case(dim=8, frames=4, grid=(2, 3))
+    fused = FusedInTI.from_reference(inti, backend="cuda")
+    leaves = [x.requires_grad_(), *fused.parameters()]
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    actual, expected = (
+        gradients(lambda *_, m=module: m(x, return_weights=True), leaves) for module in (compiled, fused)
+    )
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    program = torch.export.export(fused, (x.detach(),))
+    assert_same_bits(program.module()(x.detach()), fused(x))
+    exported = {str(node.target) for node in program.graph.nodes}
+    assert {f"inti_kernels.{op}.default" for op in ("token_features", "interpolation_head")} <= exported
+
+
 def test_a_hook_on_a_part_of_the_head_is_called() -> None:
     inti, x = module_case(dim=6, frames=4, grid=(2, 3))
     calls = []

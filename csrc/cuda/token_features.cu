@@ -197,6 +197,22 @@ __global__ void __launch_bounds__(FmaTile<T>::kThreads, FmaTile<T>::kBlocks)
   fma_gemm(p);
 }
 
+// Where the sums of norm_partials go; either may be null.
+struct StoreNorm {
+  void* weight;
+  void* bias;
+  DType dtype;
+  int64_t dim;
+  template <class W>
+  __device__ void operator()(int64_t i, W sum) const {
+    if (i < dim) {
+      if (weight) write(weight, dtype, i, sum);
+    } else if (bias) {
+      write(bias, dtype, i - dim, sum);
+    }
+  }
+};
+
 // --- Host ------------------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__
 
@@ -306,22 +322,6 @@ void token_features_normalize(const TokenFeaturesNormalize& p) {
            Launch{"token_features_normalize_kernel", blocks, 32 * kWarps, 0, p.stream}, q);
   });
 }
-
-// Where the sums of norm_partials go; either may be null.
-struct StoreNorm {
-  void* weight;
-  void* bias;
-  DType dtype;
-  int64_t dim;
-  template <class W>
-  __device__ void operator()(int64_t i, W sum) const {
-    if (i < dim) {
-      if (weight) write(weight, dtype, i, sum);
-    } else if (bias) {
-      write(bias, dtype, i - dim, sum);
-    }
-  }
-};
 
 void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
   const auto& s = p.shape;
