@@ -278,10 +278,8 @@ def _build(suite: str) -> None:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = {**os.environ, "PATH": path}
     build = WORK / "build"
-    if not (build / "build.ninja").exists():
-        options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DINTI_CPU_ISAS=baseline"]
-        options.append("-DINTI_EMULATOR=ON")
-        _run(["cmake", "-S", str(WORK / "tree"), "-B", str(build), *options], environment)
+    options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DINTI_CPU_ISAS=baseline", "-DINTI_EMULATOR=ON"]
+    _run(["cmake", "-S", str(WORK / "tree"), "-B", str(build), *options], environment)
     target = "cuda_emulated" if suite.startswith("cuda") else "_native"
     _run(["cmake", "--build", str(build), "--target", target], environment)
 

@@ -212,7 +212,9 @@ struct ConvolutionBackwardWeight {
 
 // A thread keeps the sums of all taps of its channels over its strip, and meets x's frames one after the other, each
 // with the gradients of the outputs that it feeds: a strip's gradients are loaded once, straight into registers (the
-// eight threads of a slab read whole sectors). 256 threads, 1 block an SM (255 registers): 27 sums a channel.
+// eight threads of a slab read whole sectors). x lies wide in shared memory: parameters' gradients may be float32,
+// which would show a rounding of x + position, and nine reads of a number take one conversion. 256 threads, 1 block an
+// SM (255 registers): 27 sums a channel.
 template <class T, int V, int P, int SPACE, int STRIDE>
 __global__ void __launch_bounds__(kLanes* kMostStrips<T>, 1)
     depthwise_conv3d_backward_weight_kernel(const ConvolutionBackwardWeight<T> p) {
@@ -220,13 +222,13 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, 1)
   constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
   const int out_frames = p.frames / STRIDE;
   const Place<T, P> place(p.tiling, p.height, p.width, out_frames);
-  const Layout<T, V, P, SPACE> layout(p.tiling);
+  const Layout<T, V, P, SPACE, W> layout(p.tiling);
   const int pitch = tile_pitch<P, SPACE>(p.tiling.strips);
-  const Shared<T> buffers = dynamic_shared<T>(layout.tiles);
+  const Shared<W> buffers = dynamic_shared<W>(layout.tiles);
   const Shared<W> shared = dynamic_shared<W>(0);  // [warps, kSlab, TAPS + 1], when the tiles are done with
   const int64_t start = static_cast<int64_t>(place.clip) * p.x_strides.batch + p.prefix * p.x_strides.token;
-  Stager<T, V, P, SPACE> stager(place, p.tiling, Frames<T>{p.x, start, p.x_strides.frame, p.x_strides.token},
-                                p.position, p.dim, layout);
+  Stager<T, V, P, SPACE, W> stager(place, p.tiling, Frames<T>{p.x, start, p.x_strides.frame, p.x_strides.token},
+                                   p.position, p.dim, layout);
   const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
   const int64_t channel = place.channel + place.lane * C;
   const T* grad_y =
@@ -260,7 +262,7 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, 1)
 #pragma unroll
     for (int i = 0; i < P; ++i) grads[to][i] = grads[from][i];
   };
-  const auto add = [&](Shared<T> tile, bool at_zero, bool at_one, bool at_two) {
+  const auto add = [&](Shared<W> tile, bool at_zero, bool at_one, bool at_two) {
 #pragma unroll
     for (int h = 0; h < SPACE; ++h) {
       const Row<T, P, SPACE> row(tile + h * pitch * kSlab<T>);
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, 1)
     fetch(1);
   }
   if (end > p.frames) end = p.frames;
-  walk(stager, buffers, layout.tile, begin, end, [&](int frame, Shared<T> tile) {
+  walk(stager, buffers, layout.tile, begin, end, [&](int frame, Shared<W> tile) {
     tile = tile + own;
     if (STRIDE == 2) {
       if (frame % 2 == 0) {
@@ -480,7 +482,7 @@ void backward_weight(const DepthwiseConv3dBackward& p) {
                                          static_cast<Wide<T>*>(p.weight_partials),
                                          t};
     const int sums = t.threads / 32 * (3 * SPACE * SPACE + 1) * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
-    const int tiles = Layout<T, V, P, SPACE>(t).exchange;  // which it does not use
+    const int tiles = Layout<T, V, P, SPACE, Wide<T>>(t).exchange;  // which it does not use
     const Launch how{"depthwise_conv3d_backward_weight_kernel", blocks(s, t), t.threads, sums > tiles ? sums : tiles,
                      p.stream};
     launch(depthwise_conv3d_backward_weight_kernel<T, V, P, SPACE, STRIDE>, how, q);

@@ -10,7 +10,8 @@ template <class T, int P, int SPACE>
 struct Row {
   static constexpr int C = kChannelsPerThread<T>;
   Wide<T> at[P + SPACE - 1][C];
-  __device__ Row(Shared<T> row) {
+  template <class S>  // T or its wide type
+  __device__ explicit Row(Shared<S> row) {
 #pragma unroll
     for (int p = 0; p < P + SPACE - 1; ++p) {
       const auto values = widen(load<C>(row + p * kSlab<T>));

@@ -110,8 +110,8 @@ constexpr int kItems = V == 1 ? 1 : kSlab<T> / V * 3 / 2;
 template <class T, int V, int P>
 constexpr int kSteps = V == 1 ? 1 : (32 / kLanes * P * kSlab<T> / V + 31) / 32;
 
-// The parts of a block's shared memory, by byte offsets.
-template <class T, int V, int P, int SPACE>
+// The parts of a block's shared memory, by byte offsets. S: what tiles are kept in, T or its wide type.
+template <class T, int V, int P, int SPACE, class S = T>
 struct Layout {
   int taps;      // [3·SPACE·SPACE + 1, kSlab], wide
   int sums;      // [warps, kSlab], wide
@@ -129,15 +129,16 @@ struct Layout {
     offsets = sums + tiling.threads / 32 * kSlab<T> * kWide;
     places = offsets + (kSteps<T, V, P> + kItems<T, V>)*tiling.threads * 8;
     tiles = places + kItems<T, V> * tiling.threads * 4;
-    exchange = tiles + 2 * tile * kNumber;
+    exchange = tiles + 2 * tile * static_cast<int>(sizeof(S));
     bytes = exchange + tiling.threads / kLanes * kStripPitch<T, P> * kNumber;
   }
 };
 
 // Brings the patches of one frame into shared memory, [rows + SPACE - 1, pitch, kSlab]; what lies outside the grid
 // stays as clear() leaves it, zero. With V of 16 bytes a thread has at most kItems of them, which it fetches into
-// registers before it computes, and puts down after; single elements go straight through.
-template <class T, int V, int P, int SPACE>
+// registers before it computes, and puts down after; single elements go straight through. S: what the tile is kept in;
+// with T, what is added of the position is rounded, as the reference does, with its wide type it isn't.
+template <class T, int V, int P, int SPACE, class S = T>
 struct Stager {
   static constexpr int kVectors = kSlab<T> / V, kItems = inti::cuda::kItems<T, V>;
 
@@ -152,7 +153,7 @@ struct Stager {
   Loaded<T, V> held[kItems];
 
   __device__ Stager(const Place<T, P>& place, const Tiling& tiling, Frames<T> frames, const Wide<T>* position,
-                    int64_t dim, const Layout<T, V, P, SPACE>& layout)
+                    int64_t dim, const Layout<T, V, P, SPACE, S>& layout)
       : frames(frames),
         position(position),
         position_step(dim),
@@ -180,8 +181,8 @@ struct Stager {
       }
     }
   }
-  __device__ static void clear(Shared<T> buffers, int elements) {
-    for (int i = threadIdx.x; i < elements; i += blockDim.x) store(buffers + i, T{});
+  __device__ static void clear(Shared<S> buffers, int elements) {
+    for (int i = threadIdx.x; i < elements; i += blockDim.x) store(buffers + i, S{});
   }
   // Vectors are numbered along the slab's channels, then the patches that are loaded.
   __device__ int items() const { return rows * columns * kVectors; }
@@ -207,11 +208,28 @@ struct Stager {
     }
     return row;
   }
-  __device__ static Vec<T, V> sum(const Vec<T, V>& value, const Vec<Wide<T>, V>& position) {
+  __device__ void keep(Shared<S> at, const Vec<T, V>& value, const Vec<Wide<T>, V>& row) const {
+    constexpr bool kAsLoaded = sizeof(S) == sizeof(T);
+    if constexpr (kAsLoaded) {
+      if (!position) return store(at, value);
+    }
     Vec<Wide<T>, V> sum = widen(value);
+    if (position) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) sum[k] += position[k];
-    return narrow<T>(sum);
+      for (int k = 0; k < V; ++k) sum[k] += row[k];
+    }
+    if constexpr (kAsLoaded) {
+      store(at, narrow<T>(sum));
+    } else {
+      constexpr int step = V * sizeof(S) > 16 ? 16 / sizeof(S) : V;
+#pragma unroll
+      for (int i = 0; i < V; i += step) {
+        Vec<S, step> part;
+#pragma unroll
+        for (int k = 0; k < step; ++k) part[k] = sum[i + k];
+        store(at + i, part);
+      }
+    }
   }
 
   __device__ void fetch(int frame) {
@@ -224,7 +242,7 @@ struct Stager {
       }
     }
   }
-  __device__ void put(Shared<T> buffer, int frame) const {
+  __device__ void put(Shared<S> buffer, int frame) const {
     Vec<Wide<T>, V> row;
     const bool exists = channel() < channels;
     if (position && exists) row = position_of(frame);
@@ -232,16 +250,14 @@ struct Stager {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         if (sources.get(i) < 0) continue;
-        const auto value = held[i].numbers();
-        store(buffer + targets.get(i), position ? sum(value, row) : value);
+        keep(buffer + targets.get(i), held[i].numbers(), row);
       }
     } else if (exists) {
       const T* first = frames.base + frames.start + frame * frames.frame + channel();
       for (int item = threadIdx.x; item < items(); item += blockDim.x) {
         int from, to;
         find(item, from, to);
-        const auto value = load<V>(first + from * frames.token);
-        store(buffer + to, position ? sum(value, row) : value);
+        keep(buffer + to, load<V>(first + from * frames.token), row);
       }
     }
   }
@@ -249,9 +265,9 @@ struct Stager {
 
 // Calls body(frame, buffer) for each frame of [begin, end) in order, the frame's tile lying in `buffer`.
 // `size`: elements of a buffer, of which there are two.
-template <class S, class T, class Body>
-__device__ __forceinline__ void walk(S& stager, Shared<T> buffers, int size, int begin, int end, Body body) {
-  S::clear(buffers, 2 * size);
+template <class Frames, class S, class Body>
+__device__ __forceinline__ void walk(Frames& stager, Shared<S> buffers, int size, int begin, int end, Body body) {
+  Frames::clear(buffers, 2 * size);
   stager.fetch(begin);
   __syncthreads();
   stager.put(buffers, begin);

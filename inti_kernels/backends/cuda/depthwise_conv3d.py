@@ -58,31 +58,6 @@ def depthwise_conv3d_backward(
     batch, frames, tokens, dim = x.shape
     expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
     expect(x, (grad_y, (batch, frames // temporal_stride, tokens, dim)))
-    sizes = (grid, temporal_stride, prefix)
-    of_tokens, of_parameters = (needs[0], False, False, needs[3]), (False, needs[1], needs[2], False)
-    if position is None or x.element_size() > 2 or weight.element_size() == 2 or not any(of_parameters):
-        return _backward(grad_y, x, weight, bias, position, *sizes, needs, grad_x_accumulate)
-    # The kernels round x + σP to x's dtype, as the reference does, and a gradient in float32 would show that.
-    wide = _backward(grad_y.float(), x.float(), weight, bias, position, *sizes, of_parameters, None)
-    narrow = (None,) * 4
-    if any(of_tokens):
-        narrow = _backward(grad_y, x, weight, bias, position, *sizes, of_tokens, grad_x_accumulate)
-    return narrow[0], wide[1], wide[2], narrow[3]
-
-
-def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    grid: Sequence[int],
-    temporal_stride: int,
-    prefix: int,
-    needs: Sequence[bool],
-    grad_x_accumulate: Tensor | None,
-) -> Gradients:
-    batch, frames, _, dim = x.shape
     x, grad_y = channels_contiguous(x, "depthwise_conv3d"), channels_contiguous(grad_y)
     parameters = _of_one_dtype(weight, bias)
     shape = _shape(x, parameters[0], grid, temporal_stride, prefix)
