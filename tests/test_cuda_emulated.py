@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import op_suite
 import pytest
 import torch
 from op_subject import Subject, as_tuple, assert_same_bits, gradients
@@ -159,6 +160,27 @@ def test_bfloat16_with_tensor_cores_and_without(op: str, emulator: object) -> No
     emulator.set_compute_capability(80)
     for a, b in zip(run(op, torch.bfloat16), on_v100, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.detach().float().abs().max()))
+
+
+WIDE = {"dim": 16, "grid": (4, 9)}  # rows of 16 bytes, and strips of patches that end at the grid's edge
+CONVOLUTION = ("x", "weight", "bias", "position")
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        Subject("pair_interpolate", ("x", "logits", "position"), WIDE, "cuda"),
+        Subject("depthwise_conv3d", CONVOLUTION, WIDE, "cuda"),
+        Subject("depthwise_conv3d", CONVOLUTION, {**WIDE, "temporal_stride": 1}, "cuda"),
+        Subject("depthwise_conv3d", CONVOLUTION, {**WIDE, "kernel": (3, 1, 1), "temporal_stride": 1}, "cuda"),
+        Subject(
+            "token_features", ("x", "norm_weight", "norm_bias", "weight", "bias", "position"), WIDE, "cuda", (1e-5,), 2
+        ),
+    ],
+    ids=["pair_interpolate", "3x3x3 / 2", "3x3x3 / 1", "3x1x1 / 1", "token_features"],
+)
+def test_accumulates_sixteen_bytes_at_a_time(subject: Subject) -> None:
+    op_suite.accumulates_into_a_buffer(subject)
 
 
 def test_a_failing_launch_names_its_kernel(emulator: object) -> None:

@@ -24,13 +24,13 @@ struct ConvolutionForward {
   Tiling tiling;
 };
 
-// 256 threads, 2 blocks an SM (128 registers; float64, for gradient checks, takes what it needs): 16 warps, whose next
-// frame's 16-byte loads, two or three a thread, are under way while they compute: 16 KiB and more.
-template <class T>
-constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
+// 256 threads, 2 blocks an SM (128 registers; float64, for gradient checks, and unaligned rows take what they need): 16
+// warps, whose next frame's 16-byte loads, two or three a thread, are under way while they compute: 16 KiB and more.
+template <class T, int V>
+constexpr int kBlocks = sizeof(T) == 8 || V == 1 ? 1 : 2;
 
 template <class T, int V, int P, int SPACE, int STRIDE>
-__global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T>)
+__global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T, V>)
     depthwise_conv3d_forward_kernel(const ConvolutionForward<T> p) {
   constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
   const int out_frames = p.frames / STRIDE, patches = p.height * p.width;
@@ -119,7 +119,7 @@ struct ConvolutionBackwardX {
 // The gather form: every element of grad_x is written by one block, once. grad_y's frames are what is walked along, and
 // an open frame of grad_x takes the taps turned round. Occupancy as the forward's.
 template <class T, int V, int P, int SPACE, int STRIDE>
-__global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T>)
+__global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T, V>)
     depthwise_conv3d_backward_x_kernel(const ConvolutionBackwardX<T> p) {
   constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
   const int out_frames = p.frames / STRIDE, patches = p.height * p.width;
