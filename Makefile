@@ -195,12 +195,16 @@ cuda-compile: emulator $(NVRTC) $(DISASSEMBLER)
 	    $(CONFIGURE) -B build/cuda --log-level=WARNING -DINTI_CUDA=ON -DINTI_CUDA_ARCHS='75;90' \
 	        -DCMAKE_CUDA_COMPILER="$$(command -v $(NVCC))" && \
 	    $(CMAKE) --build build/cuda --target _cuda && \
-	    PYTHONPATH=build/cuda $(VENV_PYTHON) -c 'import _cuda; print("imported:", _cuda.build_info())'; \
+	    PYTHONPATH=build/cuda $(VENV_PYTHON) -c 'import _cuda; print("imported:", _cuda.build_info())' && \
+	    echo "by hand, with nothing but csrc/include:" && \
+	    $(NVCC) -std=c++17 -arch=sm_75 -Icsrc/include -c csrc/cuda/pair_interpolate.cu -o build/cuda/by_hand.o; \
 	else \
 	    echo "not run: no nvcc; CUDACXX names one"; \
 	fi
 	$(call say,CUDA: compiling ahead of time for sm_70)
 	$(VENV_PYTHON) tests/cuda_aot.py
+	$(call say,CUDA: what the code should reach on a V100)
+	$(VENV_PYTHON) -m benchmarks.sass_model
 
 $(NVRTC): | $(PACKAGES_STAMP)
 	$(PIP) install --quiet --no-deps --upgrade --target build/nvrtc \
@@ -249,8 +253,13 @@ sanitize: install ## the op tests on builds with AddressSanitizer and UBSan
 	$(call say,Sanitizers: the op tests in the emulator)
 	INTI_CUDA_LIBRARY="$(call emulated,build/sanitize)" HYPOTHESIS_PROFILE=mutants $(SANITIZED) \
 	    OMP_NUM_THREADS=1 $(CUDA_TESTS) -n auto -k 'not compile and not export and not opcheck'
+	$(call say,Sanitizers: the standalone programs)
+	g++ -std=c++17 -O1 -g -fsanitize=address -Wno-psabi -Wno-unknown-pragmas -DINTI_EMULATED -Icsrc/include -Icsrc \
+	    benchmarks/standalone/*.cpp -x c++ csrc/cuda/*.cu -o build/sanitize/standalone
+	ASAN_OPTIONS=detect_leaks=0 build/sanitize/standalone float16 float32
+	ASAN_OPTIONS=detect_leaks=0 build/sanitize/standalone --capability 80 bfloat16
 
-test-mutants: install ## plant one-line faults in the C++ and Triton kernels and see each caught
+test-mutants: install ## plant one-line faults in the C++, Triton and CUDA kernels and see each caught
 	$(call say,Mutants)
 	$(VENV_PYTHON) tests/mutants.py
 

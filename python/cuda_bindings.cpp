@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "inti/build_info.h"
+#include "inti/cuda/code_for.h"
 #include "inti/cuda/depthwise_conv3d.h"
 #include "inti/cuda/interpolation_head.h"
 #include "inti/cuda/pair_interpolate.h"
@@ -341,6 +342,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of inti_kernels: tensors as addresses. Use inti_kernels.ops.";
   m.def("build_info", &build_info, "How this module was built.");
+  m.def("code_for", &inti::code_for, "archs"_a, "capability"_a, "What the code that a GPU runs was compiled for.");
   define_pair_interpolate(m);
   m.def("pair_interpolate_tiles", &pair_interpolate_tiles, "batch"_a, "frames"_a, "tokens"_a);
   define_depthwise_conv3d(m);

@@ -32,7 +32,10 @@ BUDGET = Path(__file__).with_name("cuda_budget.json")
 SOURCES = ROOT / "csrc" / "cuda"
 NVRTC = ROOT / "build" / "nvrtc" / "nvidia"
 DISASSEMBLER = ROOT / "build" / "triton-versions" / "3.3.1" / "triton" / "backends" / "nvidia" / "bin" / "nvdisasm"
-HELD = ("registers", "spilled", "shared")
+HELD = ("registers", "spilled", "shared")  # at most the budget's
+KEPT = ("hmma", "wide_loads", "wide_stores")  # at least the budget's
+# What a simulator of PTX, and a reader of a budget of registers, count on: nothing is called, nothing kept in memory.
+NOT_INLINED = r"^\s*(?:@!?%p\d+\s+)?(call|mma\.sync|\.local|\.func)\b"
 # Kernels that write sums and statistics, a number a thread, and no tokens; a thread whose four columns are 8 bytes.
 NARROW_STORES = ("backward_weight", "statistics", "fma_kernel<inti::bfloat16")
 CHUNK = 6  # kernels that one call of NVRTC compiles: reading the headers costs about as much as one
@@ -52,6 +55,7 @@ class Kernel:
     hmma: int = 0  # instructions
     wide_loads: int = 0  # of 16 bytes, from global memory
     wide_stores: int = 0
+    not_inlined: list[str] = field(default_factory=list, repr=False)  # what its PTX must not have
     seconds: float = field(default=0.0, repr=False)  # to compile, shared out over the kernels of its chunk
     error: str = field(default="", repr=False)  # why it has not compiled
 
@@ -141,6 +145,7 @@ class Compiler:
             assert result.value is not None
             lowered.append(result.value.decode())
         cubin = self._text(program, "CUBIN")
+        self.ptx = self._text(program, "PTX").decode().rstrip("\0")
         self._check(self.library.nvrtcDestroyProgram(ctypes.byref(program)))
         return cubin, lowered
 
@@ -161,7 +166,8 @@ def compiled(chunk: list[Kernel], arch: int, keep: Path | None) -> list[Kernel]:
     """Compiles kernels of one source together and reads their figures off the cubin."""
     start = time.monotonic()
     try:
-        cubin, lowered = Compiler(arch).compile(chunk[0].source, [kernel.name for kernel in chunk])
+        compiler = Compiler(arch)
+        cubin, lowered = compiler.compile(chunk[0].source, [kernel.name for kernel in chunk])
     except RuntimeError as error:
         for kernel in chunk:
             kernel.error = str(error)
@@ -171,6 +177,7 @@ def compiled(chunk: list[Kernel], arch: int, keep: Path | None) -> list[Kernel]:
         file.write_bytes(cubin)
         usage = _output(_cuobjdump(), "-res-usage", file)
         sass = _output(DISASSEMBLER, "-c", file)
+    entries = dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.entry |\Z)", compiler.ptx, re.DOTALL))
     resources = dict(re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", usage))
     bodies = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", sass, re.MULTILINE | re.DOTALL))
     for kernel, symbol in zip(chunk, lowered, strict=True):
@@ -181,6 +188,7 @@ def compiled(chunk: list[Kernel], arch: int, keep: Path | None) -> list[Kernel]:
         kernel.hmma = sum(count for name, count in operations.items() if name.startswith("HMMA"))
         kernel.wide_loads = sum(count for name, count in operations.items() if re.match(r"LDG\b.*\.128\b", name))
         kernel.wide_stores = sum(count for name, count in operations.items() if re.match(r"STG\b.*\.128\b", name))
+        kernel.not_inlined = sorted(set(re.findall(NOT_INLINED, entries[symbol], re.MULTILINE)))
         kernel.seconds = (time.monotonic() - start) / len(chunk)
         if keep:
             (keep / f"{re.sub('[^a-zA-Z0-9]+', '_', kernel.short).strip('_')}.sass").write_text(bodies[symbol])
@@ -200,6 +208,8 @@ def wrong(kernel: Kernel, arch: int) -> list[str]:
     if kernel.error:
         return ["does not compile"]
     problems = []
+    if kernel.not_inlined:
+        problems.append(f"{', '.join(kernel.not_inlined)} in the PTX")
     if kernel.spilled:
         problems.append(f"{kernel.spilled} bytes of stack and local memory")
     # bfloat16 has no tensor cores below sm_80: the host never launches those kernels there, and they are empty.
@@ -216,7 +226,8 @@ def over(kernel: Kernel, allowed: dict[str, int] | None) -> list[str]:
     if allowed is None:
         return [f"no budget; run {Path(__file__).name} --update and look at what it wrote"]
     row = asdict(kernel)
-    return [f"{name} {row[name]}, budget {allowed[name]}" for name in HELD if row[name] > allowed[name]]
+    problems = [f"{name} {row[name]}, budget {allowed[name]}" for name in HELD if row[name] > allowed[name]]
+    return problems + [f"{name} {row[name]}, at least {allowed[name]}" for name in KEPT if row[name] < allowed[name]]
 
 
 def compile_all(work: list[Kernel], arch: int, keep: Path | None) -> list[Kernel]:
@@ -263,7 +274,7 @@ def main() -> int:
         figures = (kernel.registers, kernel.spilled, kernel.shared, kernel.hmma, kernel.wide_loads, kernel.wide_stores)
         cells = (f"{number:{width}}" for number, width in zip(figures, (4, 7, 6, 5, 7, 7), strict=True))
         print(f"{kernel.short:78} {' '.join(cells)}{'  OVER' if found else ''}")
-    rows = {kernel.short: {name: asdict(kernel)[name] for name in HELD} for kernel in done if not kernel.error}
+    rows = {kernel.short: {name: asdict(kernel)[name] for name in HELD + KEPT} for kernel in done if not kernel.error}
     if args.update:
         kept = budget if args.word else {}
         BUDGET.write_text(json.dumps({**kept, **rows}, indent=1, sort_keys=True) + "\n")

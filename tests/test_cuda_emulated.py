@@ -156,9 +156,16 @@ def test_no_order_of_threads_changes_a_bit(op: str, dtype: torch.dtype, emulator
 @pytest.mark.parametrize("op", ops.OPS)
 def test_bfloat16_with_tensor_cores_and_without(op: str, emulator: object) -> None:
     """Below compute capability 8.0 its products are sums of float32 products."""
-    on_v100 = run(op, torch.bfloat16)
-    emulator.set_compute_capability(80)
-    for a, b in zip(run(op, torch.bfloat16), on_v100, strict=True):
+    results, products = [], []
+    for capability in (70, 80):
+        emulator.set_compute_capability(capability)
+        emulator.start_recording()
+        results.append(run(op, torch.bfloat16))
+        kernels = {launch["kernel"] for launch in emulator.stop_recording()}
+        products.append({kernel for kernel in kernels if kernel.endswith(("_fma_kernel", "_wmma_kernel"))})
+    has_products = op in ("token_features", "interpolation_head")
+    assert products == ([{f"{op}_fma_kernel"}, {f"{op}_wmma_kernel"}] if has_products else [set(), set()])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.detach().float().abs().max()))
 
 
@@ -183,14 +190,44 @@ def test_accumulates_sixteen_bytes_at_a_time(subject: Subject) -> None:
     op_suite.accumulates_into_a_buffer(subject)
 
 
-def test_a_failing_launch_names_its_kernel(emulator: object) -> None:
+def test_launches_are_recorded(emulator: object) -> None:
     case = op_cases("pair_interpolate", dim=8, frames=2, grid=(1, 1))
     emulator.start_recording()
     ops.pair_interpolate(**case.inputs, backend="cuda")
     (launch,) = emulator.stop_recording()
-    assert launch["kernel"].startswith("interpolate_forward")
+    assert launch["kernel"] == "interpolate_forward_kernel"
     assert launch["blocks"] == len(launch["traffic"])
     assert launch["shared_bytes"] <= 96 * 1024
+
+
+def test_a_refused_launch_names_its_kernel_and_sizes(emulator: object) -> None:
+    """Too tall a grid for Turing's shared memory, in float64; and the next launch is none the worse."""
+    case = op_cases("depthwise_conv3d", dim=8, frames=2, grid=(40, 8), dtype=torch.float32)
+    emulator.set_compute_capability(75)
+    expected = ops.depthwise_conv3d(**case.inputs, **case.kwargs, backend="cuda")
+    x = case.inputs["x"].expand(2**31, *case.inputs["x"].shape[1:])
+    said = r"depthwise_conv3d_forward_kernel \(2147483648 blocks of 256 threads, \d+ bytes of shared memory\)"
+    with pytest.raises(RuntimeError, match=said):
+        emulator.depthwise_conv3d_forward(**forward_arguments(x, case.inputs["weight"], expected))
+    assert_same_bits(ops.depthwise_conv3d(**case.inputs, **case.kwargs, backend="cuda"), expected)
+
+
+def forward_arguments(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> dict[str, object]:
+    """What the binding takes; nothing is read or written by a launch that is refused."""
+    shape = (x.shape[0], x.shape[1], 1, 40, 8, x.shape[3], 2, 3, "float32", "float32")
+    tensors = {"x": x, "weight": weight, "bias": None, "position": None, "y": y}
+    addresses = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+    return {"shape": shape, "x_strides": x.stride()[:3], "stream": 0, **addresses}
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "code"),
+    [("70", 70, 70), ("70", 72, 70), ("70;75+PTX", 90, 75), ("70;80;90", 86, 80), ("80+PTX", 90, 80),
+     ("75;80", 80, 80), ("90", 80, 70), ("", 90, 70)],
+)  # fmt: skip
+def test_which_code_a_gpu_runs(archs: str, capability: int, code: int, emulator: object) -> None:
+    """bfloat16 goes to the tensor cores where the code that runs has them, however new the GPU."""
+    assert emulator.code_for(archs, capability) == code
 
 
 # --- Traffic ----------------------------------------------------------------------------------------------------------

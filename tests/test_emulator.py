@@ -74,6 +74,7 @@ FAULTS = {
 # What a launch is refused for: no kernel runs, so there is no block or thread to name.
 REFUSED = {
     "too_many_threads": r"nothing \(1 blocks of 1056 threads, .*: a block has 1 to 1024 threads",
+    "more_threads_than_launch_bounds": r"nothing \(1 blocks of 288 threads, .*launch bounds are 256 threads",
     "no_threads": r"a block has 1 to 1024 threads",
     "threads_of_no_whole_warps": r"threads must fill whole warps of 32",
     "too_many_blocks": r"nothing \(2147483648 blocks .*: a grid has 1 to 2147483647 blocks",

@@ -20,11 +20,9 @@ template <class T, int P, int SPACE>
 void convolution(const Size& s, int stride) {
   const Tiling t = tile_frames<T>(s.batch, s.side, s.side, s.dim, s.frames / stride, P);
   const Layout<T, 16 / sizeof(T), P, SPACE> layout(t);
-  const int tiles = layout.exchange;  // as backward_weight()'s shared memory
-  const int sums = t.threads / 32 * (3 * SPACE * SPACE + 1) * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
   std::printf("convolution_%zu_%d_%d_%d_%d_%d_%d_%d %d %d %d %d %d %d %d %d %d\n", sizeof(T), P, SPACE, stride, s.dim,
               s.side, s.batch, s.frames, t.rows, t.strips, t.tiles, t.slabs, t.run, t.runs, t.threads, layout.bytes,
-              sums > tiles ? sums : tiles);
+              weight_bytes<T, 16 / sizeof(T), P, SPACE>(t));
 }
 
 template <class Tile>

@@ -12,7 +12,7 @@
 namespace standalone {
 
 // An op's results so far. One line an output:
-//   RESULT <op> <what> <dtype> max_error=<e> bound=<b> of_bound=<r> ok|FAIL  [case]
+//   CHECK <op> <what> <dtype> max_error=<e> bound=<b> of_bound=<r> ok|FAIL  [case]
 // max_error: the largest |kernel - double loop|; bound: what was allowed there; both over the largest magnitude of the
 // output. of_bound: the largest share of its own bound that any element took, which is what decides.
 class Report {
@@ -25,7 +25,7 @@ class Report {
     try {
       body();
     } catch (const std::exception& error) {
-      std::printf("RESULT %s error %s FAIL  [%s]: %s\n", op_, format_of(dtype_).name, name.c_str(), error.what());
+      std::printf("CHECK %s error %s FAIL  [%s]: %s\n", op_, format_of(dtype_).name, name.c_str(), error.what());
       failed_ = true;
     }
   }
@@ -53,7 +53,7 @@ class Report {
     }
     if (scale == 0) scale = 1;
     const bool ok = share <= 1;
-    std::printf("RESULT %s %s %s max_error=%.3g bound=%.3g of_bound=%.3g %s  [%s]\n", op_, what,
+    std::printf("CHECK %s %s %s max_error=%.3g bound=%.3g of_bound=%.3g %s  [%s]\n", op_, what,
                 format_of(output.dtype()).name, error / scale, bound / scale, share, ok ? "ok" : "FAIL", case_.c_str());
     if (!ok) {
       std::printf("  element %zu of %zu: expected %.9g ± %.3g, got %.9g\n", worst, values.size(), expected[worst].value,

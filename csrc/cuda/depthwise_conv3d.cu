@@ -340,7 +340,7 @@ struct StoreTaps {
   DType dtype;
   int taps;
   template <class W>
-  __device__ void operator()(int64_t i, W sum) const {
+  __device__ __forceinline__ void operator()(int64_t i, W sum) const {
     const int64_t channel = i / (taps + 1);
     const int tap = static_cast<int>(i - channel * (taps + 1));
     if (tap == taps) {
@@ -405,6 +405,13 @@ bool whole(const DepthwiseConv3dShape& s, const Strides& strides, const void* a,
   return s.dim % unit == 0 && divides(unit, strides) && aligned(a) && aligned(b) && aligned(c);
 }
 
+// Places inside a clip are counted in int; memory is addressed in 64 bits.
+void check_sizes(const DepthwiseConv3dShape& s) {
+  const int64_t most = 1 << 30;
+  if (s.frames > most || s.prefix > most || s.dim > most || s.height > most || s.width > most / s.height)
+    throw std::invalid_argument("inti_kernels: depthwise_conv3d takes frames, prefix, height·width and dim up to 2^30");
+}
+
 template <class T>
 void forward(const DepthwiseConv3dForward& p) {
   const DepthwiseConv3dShape& s = p.shape;
@@ -424,8 +431,8 @@ void forward(const DepthwiseConv3dForward& p) {
                                   static_cast<const Wide<T>*>(p.position),
                                   static_cast<T*>(p.y),
                                   t};
-    const Launch how{"depthwise_conv3d_forward_kernel", blocks(s, t), t.threads, Layout<T, V, P, SPACE>(t).bytes,
-                     p.stream};
+    const Launch how{"depthwise_conv3d_forward_kernel", blocks(s, t), t.threads,
+                     Layout<T, V, P, SPACE>(t).bytes,   p.stream,     kLanes * kMostStrips<T>};
     launch(depthwise_conv3d_forward_kernel<T, V, P, SPACE, STRIDE>, how, q);
   });
 }
@@ -451,8 +458,8 @@ void backward_x(const DepthwiseConv3dBackward& p) {
                                     p.accumulate,
                                     partials,
                                     t};
-    const Launch how{"depthwise_conv3d_backward_x_kernel", blocks(s, t), t.threads, Layout<T, V, P, SPACE>(t).bytes,
-                     p.stream};
+    const Launch how{"depthwise_conv3d_backward_x_kernel", blocks(s, t), t.threads,
+                     Layout<T, V, P, SPACE>(t).bytes,      p.stream,     kLanes * kMostStrips<T>};
     launch(depthwise_conv3d_backward_x_kernel<T, V, P, SPACE, STRIDE>, how, q);
     if (partials) {
       const StoreAs to{p.grad_position, sizeof(Wide<T>) == 8 ? DType::float64 : DType::float32};
@@ -481,10 +488,8 @@ void backward_weight(const DepthwiseConv3dBackward& p) {
                                          static_cast<const Wide<T>*>(p.position),
                                          static_cast<Wide<T>*>(p.weight_partials),
                                          t};
-    const int sums = t.threads / 32 * (3 * SPACE * SPACE + 1) * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
-    const int tiles = Layout<T, V, P, SPACE, Wide<T>>(t).exchange;  // which it does not use
-    const Launch how{"depthwise_conv3d_backward_weight_kernel", blocks(s, t), t.threads, sums > tiles ? sums : tiles,
-                     p.stream};
+    const Launch how{"depthwise_conv3d_backward_weight_kernel", blocks(s, t), t.threads,
+                     weight_bytes<T, V, P, SPACE>(t),           p.stream,     kLanes * kMostStrips<T>};
     launch(depthwise_conv3d_backward_weight_kernel<T, V, P, SPACE, STRIDE>, how, q);
     const StoreTaps to{p.grad_weight, p.grad_bias, s.parameter_dtype, 3 * SPACE * SPACE};
     sum_partials<Wide<T>>(p.weight_partials, s.batch * t.runs * t.tiles, s.dim * (3 * SPACE * SPACE + 1), to, p.stream);
@@ -492,10 +497,12 @@ void backward_weight(const DepthwiseConv3dBackward& p) {
 }
 
 void depthwise_conv3d_forward(const DepthwiseConv3dForward& p) {
+  check_sizes(p.shape);
   with_dtype(p.shape.dtype, [&](auto number) { forward<decltype(number)>(p); });
 }
 
 void depthwise_conv3d_backward(const DepthwiseConv3dBackward& p) {
+  check_sizes(p.shape);
   with_dtype(p.shape.dtype, [&](auto number) {
     using T = decltype(number);
     if (p.grad_x || p.grad_position) backward_x<T>(p);

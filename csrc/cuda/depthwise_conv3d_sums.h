@@ -11,7 +11,7 @@ struct Row {
   static constexpr int C = kChannelsPerThread<T>;
   Wide<T> at[P + SPACE - 1][C];
   template <class S>  // T or its wide type
-  __device__ explicit Row(Shared<S> row) {
+  __device__ __forceinline__ explicit Row(Shared<S> row) {
 #pragma unroll
     for (int p = 0; p < P + SPACE - 1; ++p) {
       const auto values = widen(load<C>(row + p * kSlab<T>));
@@ -26,7 +26,7 @@ template <class T, int P>
 struct Sums {
   static constexpr int C = kChannelsPerThread<T>;
   Wide<T> at[P][C];
-  __device__ void set(const Vec<Wide<T>, C>& value) {
+  __device__ __forceinline__ void set(const Vec<Wide<T>, C>& value) {
 #pragma unroll
     for (int p = 0; p < P; ++p) {
 #pragma unroll
@@ -64,8 +64,8 @@ __device__ __forceinline__ void feed(Shared<T> tile, int pitch, Shared<Wide<T>> 
 
 // The block's taps, and behind them the bias: [3·SPACE·SPACE + 1, kSlab], wide, zero where a channel doesn't exist.
 template <int TAPS, class T>
-__device__ void stage_taps(Shared<Wide<T>> to, const void* weight, const void* bias, DType dtype, int channel,
-                           int64_t dim) {
+__device__ __forceinline__ void stage_taps(Shared<Wide<T>> to, const void* weight, const void* bias, DType dtype,
+                                           int channel, int64_t dim) {
   for (int i = threadIdx.x; i < (TAPS + 1) * kSlab<T>; i += blockDim.x) {
     const int tap = i / kSlab<T>;
     const int64_t c = channel + i % kSlab<T>;
@@ -96,8 +96,8 @@ struct Writer {
   Shared<T> exchange;                // [strips of the block, kStripPitch]
   Offsets<kSteps, int64_t> offsets;  // in a frame, of what the thread writes in each step, or -1
 
-  __device__ Writer(const Place<T, P>& place, const Tiling& tiling, const Output<T>& out, Shared<T> exchange,
-                    Shared<int64_t> offsets)
+  __device__ __forceinline__ Writer(const Place<T, P>& place, const Tiling& tiling, const Output<T>& out,
+                                    Shared<T> exchange, Shared<int64_t> offsets)
       : out(out), exchange(exchange + threadIdx.x / 32 * kStrips * kStripPitch<T, P>), offsets{offsets} {
     this->out.start += place.channel;
     if constexpr (V > 1) {
@@ -116,7 +116,7 @@ struct Writer {
     }
   }
 
-  __device__ void write(const Sums<T, P>& sums, const Place<T, P>& place, int frame) const {
+  __device__ __forceinline__ void write(const Sums<T, P>& sums, const Place<T, P>& place, int frame) const {
     T* to = out.base + frame * out.frame;
     if constexpr (V == 1) {
 #pragma unroll
@@ -162,7 +162,8 @@ struct Writer {
 
 // The prefix tokens have no place on the grid: zero.
 template <int V, int P, class T>
-__device__ void clear_prefix(const Place<T, P>& place, const Output<T>& out, int prefix, int begin, int end) {
+__device__ __forceinline__ void clear_prefix(const Place<T, P>& place, const Output<T>& out, int prefix, int begin,
+                                             int end) {
   constexpr int kVectors = kSlab<T> / V;
   const int per_frame = prefix * kVectors;
   for (int i = threadIdx.x; i < (end - begin) * per_frame; i += blockDim.x) {
@@ -176,8 +177,8 @@ __device__ void clear_prefix(const Place<T, P>& place, const Output<T>& out, int
 // The sum of a finished tile over its patches, which is the position's gradient: over the strip in registers, over the
 // warp's strips by shuffles, over the warps in shared memory, [warps, kSlab]. Two barriers.
 template <int P, class T>
-__device__ void sum_tile(const Sums<T, P>& sums, const Place<T, P>& place, Shared<Wide<T>> shared, Wide<T>* to,
-                         int64_t dim) {
+__device__ __forceinline__ void sum_tile(const Sums<T, P>& sums, const Place<T, P>& place, Shared<Wide<T>> shared,
+                                         Wide<T>* to, int64_t dim) {
   constexpr int C = kChannelsPerThread<T>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll

@@ -55,7 +55,8 @@ struct Place {
   unsigned clip, part;  // part: (clip, run, tile) in one number
   unsigned mask;        // bit p: patch p of the thread's strip is on the grid
 
-  __device__ Place(const Tiling& tiling, int height, int width, int out_frames) : height(height), width(width) {
+  __device__ __forceinline__ Place(const Tiling& tiling, int height, int width, int out_frames)
+      : height(height), width(width) {
     unsigned rest = blockIdx.x;
     const unsigned slabs = tiling.slabs, tiles = tiling.tiles, runs = tiling.runs;
     channel = static_cast<int>(rest % slabs) * kSlab<T>;
@@ -77,14 +78,16 @@ struct Place {
     const int there = width - left - column;
     mask = !live || top + row >= height || there <= 0 ? 0 : there < P ? (1u << there) - 1 : (1u << P) - 1;
   }
-  __device__ bool live() const { return mask; }
-  __device__ bool inside(int p) const { return mask >> p & 1; }
-  __device__ int64_t patch(int p) const { return static_cast<int64_t>(top + row) * width + left + column + p; }
+  __device__ __forceinline__ bool live() const { return mask; }
+  __device__ __forceinline__ bool inside(int p) const { return mask >> p & 1; }
+  __device__ __forceinline__ int64_t patch(int p) const {
+    return static_cast<int64_t>(top + row) * width + left + column + p;
+  }
 };
 
 // Patches from row to row of a tile in shared memory: odd, so that the rows that a warp reads lie in different banks.
 template <int P, int SPACE>
-__device__ __host__ constexpr int tile_pitch(int strips) {
+__device__ __host__ __forceinline__ constexpr int tile_pitch(int strips) {
   return (strips * P + SPACE - 1) | 1;
 }
 
@@ -92,8 +95,8 @@ __device__ __host__ constexpr int tile_pitch(int strips) {
 template <int N, class I>
 struct Offsets {
   Shared<I> at;
-  __device__ void set(int i, I offset) const { store(at + (i * blockDim.x + threadIdx.x), offset); }
-  __device__ I get(int i) const { return load(at + (i * blockDim.x + threadIdx.x)); }
+  __device__ __forceinline__ void set(int i, I offset) const { store(at + (i * blockDim.x + threadIdx.x), offset); }
+  __device__ __forceinline__ I get(int i) const { return load(at + (i * blockDim.x + threadIdx.x)); }
 };
 
 // From strip to strip of a warp's finished patches in shared memory, in elements: an odd number of rows of a slab, so
@@ -121,7 +124,7 @@ struct Layout {
   int tile;      // elements of one
   int exchange;  // [strips, kStripPitch]
   int bytes;     // in all
-  __device__ __host__ explicit Layout(const Tiling& tiling) {
+  __device__ __host__ __forceinline__ explicit Layout(const Tiling& tiling) {
     constexpr int kNumber = sizeof(T), kWide = sizeof(Wide<T>);
     tile = (tiling.rows + SPACE - 1) * tile_pitch<P, SPACE>(tiling.strips) * kSlab<T>;
     taps = 0;
@@ -152,8 +155,8 @@ struct Stager {
   Offsets<kItems, int> targets;      // in a buffer
   Loaded<T, V> held[kItems];
 
-  __device__ Stager(const Place<T, P>& place, const Tiling& tiling, Frames<T> frames, const Wide<T>* position,
-                    int64_t dim, const Layout<T, V, P, SPACE, S>& layout)
+  __device__ __forceinline__ Stager(const Place<T, P>& place, const Tiling& tiling, Frames<T> frames,
+                                    const Wide<T>* position, int64_t dim, const Layout<T, V, P, SPACE, S>& layout)
       : frames(frames),
         position(position),
         position_step(dim),
@@ -181,22 +184,22 @@ struct Stager {
       }
     }
   }
-  __device__ static void clear(Shared<S> buffers, int elements) {
+  __device__ __forceinline__ static void clear(Shared<S> buffers, int elements) {
     for (int i = threadIdx.x; i < elements; i += blockDim.x) store(buffers + i, S{});
   }
   // Vectors are numbered along the slab's channels, then the patches that are loaded.
-  __device__ int items() const { return rows * columns * kVectors; }
-  __device__ void find(int item, int& from, int& to) const {
+  __device__ __forceinline__ int items() const { return rows * columns * kVectors; }
+  __device__ __forceinline__ void find(int item, int& from, int& to) const {
     const int patch = item / kVectors, row = patch / columns, column = patch - row * columns;
     const int channel = item % kVectors * V;
     from = item < items() && channel < channels ? (top + row) * width + left + column : -1;
     to = (corner + row * pitch + column) * kSlab<T> + channel;
   }
   // Threads are a multiple of kVectors, so all vectors of a thread are of the same channels.
-  __device__ int channel() const { return threadIdx.x % kVectors * V; }
+  __device__ __forceinline__ int channel() const { return threadIdx.x % kVectors * V; }
 
   // The thread's channels of a frame's position, all its vectors'. Only where there is a position.
-  __device__ Vec<Wide<T>, V> position_of(int frame) const {
+  __device__ __forceinline__ Vec<Wide<T>, V> position_of(int frame) const {
     constexpr int step = V * sizeof(Wide<T>) > 16 ? 16 / sizeof(Wide<T>) : V;
     const Wide<T>* from = position + frame * position_step + channel();
     Vec<Wide<T>, V> row;
@@ -208,7 +211,7 @@ struct Stager {
     }
     return row;
   }
-  __device__ void keep(Shared<S> at, const Vec<T, V>& value, const Vec<Wide<T>, V>& row) const {
+  __device__ __forceinline__ void keep(Shared<S> at, const Vec<T, V>& value, const Vec<Wide<T>, V>& row) const {
     constexpr bool kAsLoaded = sizeof(S) == sizeof(T);
     if constexpr (kAsLoaded) {
       if (!position) return store(at, value);
@@ -232,7 +235,7 @@ struct Stager {
     }
   }
 
-  __device__ void fetch(int frame) {
+  __device__ __forceinline__ void fetch(int frame) {
     if constexpr (V > 1) {
       const T* from = frames.base + frame * frames.frame;
 #pragma unroll
@@ -242,7 +245,7 @@ struct Stager {
       }
     }
   }
-  __device__ void put(Shared<S> buffer, int frame) const {
+  __device__ __forceinline__ void put(Shared<S> buffer, int frame) const {
     Vec<Wide<T>, V> row;
     const bool exists = channel() < channels;
     if (position && exists) row = position_of(frame);
@@ -287,6 +290,14 @@ __device__ __forceinline__ void walk(Frames& stager, Shared<S> buffers, int size
 inline int strip_patches(int64_t width, bool seven_built) {
   const int64_t of_seven = (width + 6) / 7 * 7, of_eight = (width + 7) / 8 * 8;
   return seven_built && of_seven < of_eight ? 7 : 8;
+}
+
+// Shared memory of the weight's backward: tiles, and when they are done with, every warp's sums.
+template <class T, int V, int P, int SPACE>
+int weight_bytes(const Tiling& t) {
+  const int sums = t.threads / 32 * (3 * SPACE * SPACE + 1) * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
+  const int tiles = Layout<T, V, P, SPACE, Wide<T>>(t).exchange;
+  return sums > tiles ? sums : tiles;
 }
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }

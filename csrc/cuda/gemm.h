@@ -330,10 +330,10 @@ __device__ __forceinline__ void fma_gemm(const Problem& p) {
 // --- Host ------------------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__
 
-// Whether products of T go to the tensor cores.
+// Whether products of T go to the tensor cores: by the code that runs, which may be older than the GPU.
 template <class T>
 bool uses_tensor_cores() {
-  return std::is_same_v<T, float16> || (std::is_same_v<T, bfloat16> && compute_capability() >= 80);
+  return std::is_same_v<T, float16> || (std::is_same_v<T, bfloat16> && compiled_for() >= 80);
 }
 
 template <class Tile, class Problem>

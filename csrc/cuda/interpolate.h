@@ -49,7 +49,7 @@ constexpr int kForwardTokens = 2, kBackwardTokens = 4;  // token pairs of a warp
 struct InterpolateTile {
   int64_t row;  // pair of frames, over all clips
   unsigned clip, pair, tile;
-  __device__ InterpolateTile(unsigned pairs, unsigned tiles) {
+  __device__ __forceinline__ InterpolateTile(unsigned pairs, unsigned tiles) {
     const unsigned over_clips = blockIdx.x / tiles;
     tile = blockIdx.x - over_clips * tiles;
     clip = over_clips / pairs;

@@ -118,7 +118,10 @@ __global__ void __launch_bounds__(WmmaTile::kThreads, WmmaTile::kBlocks<V>)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   wmma_gemm(p);
 #else
-  if constexpr (is_float16<T>) wmma_gemm(p);
+  if constexpr (is_float16<T>)
+    wmma_gemm(p);
+  else
+    __trap();  // uses_tensor_cores() says no
 #endif
 }
 
@@ -151,13 +154,13 @@ struct PartialDifferences {
   void* stored;       // [pairs, 2], dtype: the weights
   DType dtype;
 
-  __device__ HeadWeights<W> weights(int64_t pair) const {
+  __device__ __forceinline__ HeadWeights<W> weights(int64_t pair) const {
     W sum = read<W>(bias2, dtype, 0) - read<W>(bias2, dtype, 1);
 #pragma unroll 4
     for (int i = 0; i < count; ++i) sum += load(partials + i * pairs + pair);
     return HeadWeights<W>(sum);
   }
-  __device__ void store_weights(int64_t pair, const HeadWeights<W>& both) const {
+  __device__ __forceinline__ void store_weights(int64_t pair, const HeadWeights<W>& both) const {
     write(stored, dtype, 2 * pair, both.first);
     write(stored, dtype, 2 * pair + 1, both.second);
     store(difference + pair, both.difference);
@@ -172,12 +175,14 @@ struct Differences {
   W* stored;                 // [pairs]: gradient of the difference
   DType dtype;
 
-  __device__ HeadWeights<W> weights(int64_t pair) const { return HeadWeights<W>(load(difference + pair)); }
-  __device__ bool wants_gradient() const { return true; }
-  __device__ W grad_difference(int64_t pair) const {
+  __device__ __forceinline__ HeadWeights<W> weights(int64_t pair) const {
+    return HeadWeights<W>(load(difference + pair));
+  }
+  __device__ __forceinline__ bool wants_gradient() const { return true; }
+  __device__ __forceinline__ W grad_difference(int64_t pair) const {
     return read<W>(grad_weights, dtype, 2 * pair) - read<W>(grad_weights, dtype, 2 * pair + 1);
   }
-  __device__ void store_gradient(int64_t pair, W gradient) const { store(stored + pair, gradient); }
+  __device__ __forceinline__ void store_gradient(int64_t pair, W gradient) const { store(stored + pair, gradient); }
 };
 
 // --- Backward: the hidden layer --------------------------------------------------------------------------------------
@@ -261,7 +266,7 @@ struct StoreWeight2 {
   DType dtype;
   int64_t hidden;
   template <class W>
-  __device__ void operator()(int64_t i, W sum) const {
+  __device__ __forceinline__ void operator()(int64_t i, W sum) const {
     write(to, dtype, i, sum);
     write(to, dtype, hidden + i, -sum);
   }

@@ -17,21 +17,21 @@ struct Logits {
   const void* grad_weights;  // backward
   void* grad_logits;         // backward, or null
 
-  __device__ PairWeights<S> weights(int64_t pair) const {
+  __device__ __forceinline__ PairWeights<S> weights(int64_t pair) const {
     const S first = read<S>(logits, dtype, 2 * pair), second = read<S>(logits, dtype, 2 * pair + 1);
     const S largest = first > second ? first : second;
     const S a = exponential(first - largest), b = exponential(second - largest);
     return {a / (a + b), b / (a + b)};
   }
-  __device__ void store_weights(int64_t pair, const PairWeights<S>& both) const {
+  __device__ __forceinline__ void store_weights(int64_t pair, const PairWeights<S>& both) const {
     write(stored, dtype, 2 * pair, both.first);
     write(stored, dtype, 2 * pair + 1, both.second);
   }
-  __device__ bool wants_gradient() const { return grad_logits; }
-  __device__ S grad_difference(int64_t pair) const {
+  __device__ __forceinline__ bool wants_gradient() const { return grad_logits; }
+  __device__ __forceinline__ S grad_difference(int64_t pair) const {
     return read<S>(grad_weights, dtype, 2 * pair) - read<S>(grad_weights, dtype, 2 * pair + 1);
   }
-  __device__ void store_gradient(int64_t pair, S gradient) const {
+  __device__ __forceinline__ void store_gradient(int64_t pair, S gradient) const {
     write(grad_logits, dtype, 2 * pair, gradient);
     write(grad_logits, dtype, 2 * pair + 1, -gradient);
   }

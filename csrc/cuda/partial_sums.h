@@ -10,7 +10,7 @@ struct StoreAs {
   void* to;
   DType dtype;
   template <class W>
-  __device__ void operator()(int64_t i, W sum) const {
+  __device__ __forceinline__ void operator()(int64_t i, W sum) const {
     write(to, dtype, i, sum);
   }
 };

@@ -186,7 +186,10 @@ __global__ void __launch_bounds__(WmmaTile::kThreads, WmmaTile::kBlocks<V>)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   wmma_gemm(p);
 #else
-  if constexpr (is_float16<T>) wmma_gemm(p);
+  if constexpr (is_float16<T>)
+    wmma_gemm(p);
+  else
+    __trap();  // uses_tensor_cores() says no
 #endif
 }
 
@@ -204,7 +207,7 @@ struct StoreNorm {
   DType dtype;
   int64_t dim;
   template <class W>
-  __device__ void operator()(int64_t i, W sum) const {
+  __device__ __forceinline__ void operator()(int64_t i, W sum) const {
     if (i < dim) {
       if (weight) write(weight, dtype, i, sum);
     } else if (bias) {

@@ -8,6 +8,7 @@
 namespace inti {
 
 inline int compute_capability() { return emulator::machine.compute_capability; }
+inline int compiled_for() { return compute_capability(); }
 
 namespace emulator {
 
@@ -24,6 +25,9 @@ inline void check(const Launch& how) {
   };
   if (how.blocks < 0 || how.blocks > 0x7fffffff) refuse("a grid has 1 to 2147483647 blocks");
   if (how.threads < 1 || how.threads > Machine::most_threads) refuse("a block has 1 to 1024 threads");
+  if (how.threads > how.most_threads) {
+    refuse("the kernel's launch bounds are " + std::to_string(how.most_threads) + " threads");
+  }
   if (how.threads > warp_lanes && how.threads % warp_lanes != 0) refuse("threads must fill whole warps of 32");
   if (how.shared_bytes < 0 || how.shared_bytes > most_shared_bytes()) {
     refuse("compute capability " + std::to_string(compute_capability()) + " has " +

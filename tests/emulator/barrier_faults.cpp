@@ -168,6 +168,8 @@ void start(int64_t blocks, int threads, int shared_bytes, int capability = 70) {
   launch(&nothing, Launch{"nothing", blocks, threads, shared_bytes, nullptr});
 }
 const Add too_many_threads("too_many_threads", [] { start(1, 1056, 0); });
+const Add over_bounds("more_threads_than_launch_bounds",
+                      [] { launch(&nothing, Launch{"nothing", 1, 288, 0, nullptr, 256}); });
 const Add no_threads("no_threads", [] { start(1, 0, 0); });
 const Add odd_threads("threads_of_no_whole_warps", [] { start(1, 40, 0); });
 const Add too_many_blocks("too_many_blocks", [] { start(0x80000000ll, 32, 0); });

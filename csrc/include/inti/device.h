@@ -18,6 +18,8 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+
+#include "inti/cuda/code_for.h"
 #endif
 
 namespace inti {
@@ -47,8 +49,8 @@ using Wide = typename WideOf<T>::type;
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {
   T at[N];
-  __device__ T& operator[](int i) { return at[i]; }
-  __device__ const T& operator[](int i) const { return at[i]; }
+  __device__ __forceinline__ T& operator[](int i) { return at[i]; }
+  __device__ __forceinline__ const T& operator[](int i) const { return at[i]; }
 };
 
 __device__ __forceinline__ float widen(float value) { return value; }
@@ -357,6 +359,7 @@ struct Launch {
   int threads;
   int shared_bytes;
   void* stream;
+  int most_threads = 1024;  // what the kernel's __launch_bounds__ say, where `threads` is no constant
 };
 
 inline std::string describe(const Launch& how) {
@@ -366,16 +369,22 @@ inline std::string describe(const Launch& how) {
 
 #ifdef __CUDACC__
 
+#ifndef INTI_CUDA_ARCHS
+#define INTI_CUDA_ARCHS ""  // compiled by hand: nothing is known of what for
+#endif
+
 inline void check(cudaError_t error, const Launch& how) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // said once, here
   std::string message = "inti_kernels: " + describe(how) + " failed: " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     int device = 0, major = 0, minor = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    message += "; it was built for " INTI_CUDA_ARCHS ", and this GPU has compute capability " + std::to_string(major) +
-               "." + std::to_string(minor) + ": rebuild with INTI_CUDA_ARCHS=" + std::to_string(10 * major + minor);
+    message += "; it was built for compute capability " INTI_CUDA_ARCHS ", and this GPU has compute capability " +
+               std::to_string(major) + "." + std::to_string(minor) +
+               ": rebuild with INTI_CUDA_ARCHS=" + std::to_string(10 * major + minor);
   }
   throw std::runtime_error(message);
 }
@@ -388,6 +397,8 @@ inline int compute_capability() {
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return 10 * major + minor;
 }
+
+inline int compiled_for() { return code_for(INTI_CUDA_ARCHS, compute_capability()); }
 
 // Starts a kernel in a stream and returns at once. Throws std::runtime_error if it does not start.
 template <class... Parameters>
