@@ -185,15 +185,20 @@ def both_can(monkeypatch: pytest.MonkeyPatch) -> None:
     [((7, 0), "cuda"), ((7, 5), "cuda"), ((8, 0), "triton"), ((9, 0), "triton"), ((12, 0), "triton")],
     ids=str,
 )
-def test_auto_prefers_cuda_on_volta_and_turing_and_triton_on_later_gpus(gpu, both_can, capability, first):
+def test_auto_prefers_cuda_on_volta_and_turing_and_triton_on_later_gpus(gpu, both_can, monkeypatch, capability, first):
     gpu(capability)
     on_gpu = backends._Like(CUDA, torch.float16)
     for op in ("pair_interpolate", "depthwise_conv3d"):
         order = backends._in_order(op, CUDA)
         assert set(order) == set(backends.HAS_KERNEL[op])
         assert backends._first_that_can(op, order, on_gpu) == first
+    monkeypatch.setattr(backends, "_noted", set())
     for op in ("token_features", "interpolation_head"):
-        assert backends._auto(op, CUDA, torch.float16) == "cuda"
+        if first == "cuda":
+            assert backends._auto(op, CUDA, torch.float16) == "cuda"
+            continue
+        with pytest.warns(UserWarning, match=f"{op} runs as plain PyTorch.*made for the tensor cores of V100 and T4"):
+            assert backends._auto(op, CUDA, torch.float16) == "reference"
 
 
 def test_where_cuda_was_not_built_auto_takes_triton_and_plain_pytorch_once_said(gpu, monkeypatch):

@@ -29,6 +29,8 @@ HAS_KERNEL: dict[str, tuple[str, ...]] = {
 }
 # What the CUDA kernels are tuned for; from 8.0 on Triton's compiler knows more of the GPU than they do.
 TRITON_FIRST = (8, 0)
+# Ops whose kernels compute matrix products.
+HAS_PRODUCTS = ("token_features", "interpolation_head")
 
 # (op or op_backward, backend) -> how often that implementation ran. This says what really executed, `auto` or not.
 executed: Counter[tuple[str, str]] = Counter()
@@ -203,9 +205,13 @@ class _Like(NamedTuple):
 def _in_order(op: str, device: torch.device) -> tuple[str, ...]:
     """The backends with a kernel for an op, the one to prefer on the device first."""
     names = HAS_KERNEL[op]
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= TRITON_FIRST:
+    if device.type != "cuda" or _is_newer_than_turing(device):
         return names
     return tuple(sorted(names, key=lambda name: name != "cuda"))
+
+
+def _is_newer_than_turing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= TRITON_FIRST
 
 
 def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor | _Like) -> str:
@@ -219,6 +225,11 @@ def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor | _Lik
             reasons[name] = ["Triton's interpreter is for tests, and runs where it is asked for only."]
         if name == "cuda" and x.device.type == "cpu" and not reasons[name]:
             reasons[name] = ["the emulator of CUDA is for tests, and runs where it is asked for only."]
+        if name == "cuda" and op in HAS_PRODUCTS and not reasons[name] and _is_newer_than_turing(x.device):
+            reasons[name] = [
+                "its matrix products are made for the tensor cores of V100 and T4, and cuBLAS, through PyTorch, has "
+                "those of newer GPUs; backend='cuda' takes them all the same."
+            ]
         if not reasons[name]:
             _usable[key] = name
             return name
