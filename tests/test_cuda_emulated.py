@@ -17,7 +17,7 @@ from inti_kernels import FusedInTI, InTI, backends, ops
 from inti_kernels.__main__ import main
 from inti_kernels.backends import cuda
 from inti_kernels.cli import _traffic, check
-from inti_kernels.testing import assert_close_three_way, module_case, op_cases, three_way_module
+from inti_kernels.testing import assert_close_three_way, module_case, op_cases, three_way, three_way_module
 
 SOME = [
     pytest.param({}, id="default"),
@@ -217,6 +217,15 @@ def forward_arguments(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) ->
     tensors = {"x": x, "weight": weight, "bias": None, "position": None, "y": y}
     addresses = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
     return {"shape": shape, "x_strides": x.stride()[:3], "stream": 0, **addresses}
+
+
+@pytest.mark.parametrize("grid", [(40, 8), (3, 48)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_turing_has_shared_memory_enough(dtype: torch.dtype, grid: tuple[int, int], emulator: object) -> None:
+    """The tallest and the widest tiles of patches; T4 has 64 KiB for a block where V100 has 96."""
+    emulator.set_compute_capability(75)
+    case = op_cases("depthwise_conv3d", dim=16, frames=2, grid=grid, dtype=dtype)
+    assert_close_three_way(three_way("depthwise_conv3d", *case, backend="cuda"))
 
 
 @pytest.mark.parametrize(

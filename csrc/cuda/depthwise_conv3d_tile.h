@@ -6,6 +6,7 @@
 #pragma once
 
 #include "inti/device.h"
+#include "vectors.h"
 
 namespace inti::cuda {
 
@@ -200,16 +201,7 @@ struct Stager {
 
   // The thread's channels of a frame's position, all its vectors'. Only where there is a position.
   __device__ __forceinline__ Vec<Wide<T>, V> position_of(int frame) const {
-    constexpr int step = V * sizeof(Wide<T>) > 16 ? 16 / sizeof(Wide<T>) : V;
-    const Wide<T>* from = position + frame * position_step + channel();
-    Vec<Wide<T>, V> row;
-#pragma unroll
-    for (int i = 0; i < V; i += step) {
-      const auto part = load<step>(from + i);
-#pragma unroll
-      for (int k = 0; k < step; ++k) row[i + k] = part[k];
-    }
-    return row;
+    return load_wide<V>(position + frame * position_step + channel());
   }
   __device__ __forceinline__ void keep(Shared<S> at, const Vec<T, V>& value, const Vec<Wide<T>, V>& row) const {
     constexpr bool kAsLoaded = sizeof(S) == sizeof(T);

@@ -2,7 +2,9 @@
 // differ only in where a pair's two weights come from, which is a Source's business.
 #pragma once
 
+#include "column_sums.h"
 #include "inti/device.h"
+#include "vectors.h"
 
 namespace inti::cuda {
 
@@ -58,19 +60,6 @@ struct InterpolateTile {
   }
 };
 
-template <class T, int V>
-__device__ __forceinline__ Vec<Wide<T>, V> load_position(const Wide<T>* position) {
-  constexpr int step = V * sizeof(Wide<T>) > 16 ? 16 / sizeof(Wide<T>) : V;  // at most 16 bytes at a time
-  Vec<Wide<T>, V> row;
-#pragma unroll
-  for (int i = 0; i < V; i += step) {
-    const auto part = load<step>(position + i);
-#pragma unroll
-    for (int k = 0; k < step; ++k) row[i + k] = part[k];
-  }
-  return row;
-}
-
 // A warp has two token pairs and walks along the channels: four 16-byte loads a thread are in flight at a time, the
 // pairs' weights are computed once, and a pair's position is read once for both. 128 threads, 6 blocks an SM
 // (80 registers, with fewer half of the loads would wait): 24 warps · 32 · 64 bytes = 48 KiB in flight.
@@ -113,8 +102,8 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 6)
     }
     Vec<W, V> even_position{}, odd_position{};
     if (position) {
-      even_position = load_position<T, V>(position + channel);
-      odd_position = load_position<T, V>(position + p.dim + channel);
+      even_position = load_wide<V>(position + channel);
+      odd_position = load_wide<V>(position + p.dim + channel);
     }
 #pragma unroll
     for (int i = 0; i < kForwardTokens; ++i) {
@@ -137,8 +126,7 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
     interpolate_backward_kernel(const InterpolateBackward p, const Source source) {
   using W = Wide<T>;
   using S = typename Source::Softmax;
-  // Sums are exchanged in groups of 16 bytes, the same group of all lanes side by side: no bank conflicts.
-  constexpr int G = V * sizeof(W) > 16 ? 16 / sizeof(W) : V;
+  constexpr int G = kExchanged<W, V>;
   constexpr int kBuffer = kInterpolateWarps * 2 * 32 * V;  // [warps, frame, V / G, lanes, G]
   const InterpolateTile at(p.pairs, p.tiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -185,7 +173,7 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
       if (wants_x) {
         Vec<W, V> between{};  // position of the even frame less that of the odd one
         if (position) {
-          const auto a = load_position<T, V>(position + channel), b = load_position<T, V>(position + p.dim + channel);
+          const auto a = load_wide<V>(position + channel), b = load_wide<V>(position + p.dim + channel);
 #pragma unroll
           for (int k = 0; k < V; ++k) between[k] = a[k] - b[k];
         }

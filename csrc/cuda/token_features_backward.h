@@ -192,8 +192,9 @@ __device__ __forceinline__ void norm_backward_rows(const NormBackward<T>& p, con
 }
 
 // A tile twice: a warp a row for the rows' sums, then channels outside and rows inside, so that the parameters' sums
-// over the tile's rows stay in registers. The second time the tile, about 90 KB, comes from the L2 cache. 128 threads,
-// 3 blocks an SM (168 registers): 12 warps · 32 · 128 bytes = 48 KiB in flight.
+// over the tile's rows stay in registers. The second time the tile, about 90 KB, comes from the L2 cache, where that
+// holds the tiles of all blocks that run together: V100's 6 MiB don't, and x and the gradient are read from memory
+// twice. 128 threads, 3 blocks an SM (168 registers): 12 warps · 32 · 128 bytes = 48 KiB in flight.
 template <class T, int V>
 __global__ void __launch_bounds__(32 * kWarps, 3) token_features_backward_norm_kernel(const NormBackward<T> p) {
   using W = Wide<T>;
