@@ -13,7 +13,7 @@ import pytest
 import torch
 from op_subject import Subject, as_tuple, assert_same_bits, gradients
 
-from inti_kernels import FusedInTI, InTI, backends, ops
+from inti_kernels import FusedInTI, InTI, backends, ops, reference
 from inti_kernels.__main__ import main
 from inti_kernels.backends import cuda
 from inti_kernels.cli import _traffic, check
@@ -188,6 +188,15 @@ CONVOLUTION = ("x", "weight", "bias", "position")
 )
 def test_accumulates_sixteen_bytes_at_a_time(subject: Subject) -> None:
     op_suite.accumulates_into_a_buffer(subject)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_heads_small_weights_keep_their_digits(sign: int) -> None:
+    inputs, _ = op_cases("interpolation_head", dim=8, frames=2, grid=(2, 2))
+    inputs["bias2"] = torch.tensor([15.0 * sign, -15.0 * sign])
+    _, weights = ops.interpolation_head(**inputs, backend="cuda")
+    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
+    torch.testing.assert_close(weights.double(), reference.interpolation_head(**exact)[1], rtol=1e-4, atol=0)
 
 
 def test_launches_are_recorded(emulator: object) -> None:
