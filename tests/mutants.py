@@ -129,7 +129,7 @@ MUTANTS = {
         ("a missing barrier: sums are added up before they are there", "    __syncthreads();\n    // A thread adds up", "    // A thread adds up"),
         ("one buffer instead of two", "(step % 2) * kBuffer", "0 * kBuffer"),
         ("a lane is left out of the warp's sum", "for (int distance = 16; distance > 0; distance /= 2) sum +=", "for (int distance = 8; distance > 0; distance /= 2) sum +="),
-        ("the second frame has the first one's position", "odd_position = load_position<T, V>(position + p.dim + channel);", "odd_position = load_position<T, V>(position + channel);"),
+        ("the second frame has the first one's position", "odd_position = load_wide<V>(position + p.dim + channel);", "odd_position = load_wide<V>(position + channel);"),
         ("a token that isn't there is written", "if (live[i]) store(to[i]", "if (true) store(to[i]"),
         ("a token that isn't there has weights", "alpha[i] = live[i] ? weights.first : 0;", "alpha[i] = weights.first;"),
         ("a tile's tokens are the next one's too", "if (last > p.tokens) last = p.tokens;", "last = p.tokens;"),
@@ -246,16 +246,23 @@ def main() -> int:
 
 
 def _copy() -> None:
-    """A fresh copy of the sources; the build folder is kept, so that a run compiles only what changed."""
+    """The sources, where they differ from what is there: times of change stay true, also after a fault that an
+    interrupted run has left behind, and a run compiles only what changed."""
     tree = WORK / "tree"
-    shutil.rmtree(tree, ignore_errors=True)
-    tree.mkdir(parents=True)
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_native*", "_cuda*.so"))
-        else:
-            shutil.copy2(source, tree / name)
+    sources = [path for name in COPIED for path in (ROOT / name, *sorted((ROOT / name).rglob("*"))) if path.is_file()]
+    left_out = ("__pycache__", "_native", "_cuda.")
+    wanted = {
+        tree / path.relative_to(ROOT): path
+        for path in sources
+        if not any(part.startswith(left_out) for part in path.relative_to(ROOT).parts)
+    }
+    for path in sorted(tree.rglob("*")) if tree.exists() else []:
+        if path.is_file() and path not in wanted:
+            path.unlink()
+    for target, source in wanted.items():
+        if not target.is_file() or target.read_bytes() != source.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
 
 
 def _survives(suite: str, mutant: Mutant) -> bool:
@@ -280,8 +287,8 @@ def _build(suite: str) -> None:
     build = WORK / "build"
     options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DINTI_CPU_ISAS=baseline", "-DINTI_EMULATOR=ON"]
     _run(["cmake", "-S", str(WORK / "tree"), "-B", str(build), *options], environment)
-    target = "cuda_emulated" if suite.startswith("cuda") else "_native"
-    _run(["cmake", "--build", str(build), "--target", target], environment)
+    targets = ["_native", *(["cuda_emulated"] if suite.startswith("cuda") else [])]
+    _run(["cmake", "--build", str(build), "--target", *targets], environment)
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
@@ -293,10 +300,11 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 def _passes(suite: str) -> bool:
     """Whether a suite's tests pass; a crash or a hang is a caught fault too. What needs a compiler is left out: slow."""
     environment = {**os.environ, "PYTHONPATH": str(WORK / "tree"), "HYPOTHESIS_PROFILE": "mutants"}
-    # The tests run on the CUDA backend alone where its library is named.
-    module = "_cuda" if suite.startswith("cuda") else "_native"
-    (library,) = (WORK / "build").glob(f"{module}*")
-    environment["INTI_CUDA_LIBRARY" if module == "_cuda" else "INTI_NATIVE_LIBRARY"] = str(library)
+    (native,) = (WORK / "build").glob("_native*")
+    environment["INTI_NATIVE_LIBRARY"] = str(native)
+    if suite.startswith("cuda"):  # named, it is what the tests run on
+        (emulated,) = (WORK / "build").glob("_cuda*")
+        environment["INTI_CUDA_LIBRARY"] = str(emulated)
     interpreted = suite.startswith("triton")
     slow = interpreted or suite.startswith("cuda")
     if slow:
