@@ -25,7 +25,7 @@ struct ConvolutionForward {
 };
 
 // 256 threads, 2 blocks an SM (128 registers; float64, for gradient checks, and unaligned rows take what they need): 16
-// warps, whose next frame's 16-byte loads, two or three a thread, are under way while they compute: 16 KiB and more.
+// warps, whose next frame's 16-byte loads, two or three a thread, are under way while they compute: 12 KiB and more.
 template <class T, int V>
 constexpr int kBlocks = sizeof(T) == 8 || V == 1 ? 1 : 2;
 
