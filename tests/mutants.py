@@ -136,12 +136,15 @@ MUTANTS = {
         ("the buffer is overwritten", "odd_grad[k] += old_odd[k];", ";"),
         ("the weights' own gradient is dropped", "(static_cast<S>(sum) + source.grad_difference(pair))", "static_cast<S>(sum)"),
         ("the batch stride is ignored", "static_cast<const T*>(p.grad_z) + at.clip * p.grad_z_strides.batch", "static_cast<const T*>(p.grad_z) + 0 * p.grad_z_strides.batch"),
-        ("accesses wider than the strides allow", "dim % unit == 0 && divides(unit, strides) && aligned(position)", "dim % unit == 0 && aligned(position)"),
     )
     + _mutants(
         "csrc/cuda/pair_interpolate.cu",
         ("large logits overflow", "exponential(first - largest), b = exponential(second - largest)", "exponential(first), b = exponential(second)"),
         ("float64 logits in float32", "if (shape.logits_dtype != DType::float64) return", "if (true) return"),
+    )
+    + _mutants(
+        "csrc/cuda/vectors.h",
+        ("accesses wider than the strides allow", "dim % unit == 0 && divides(unit, strides) && all_aligned", "dim % unit == 0 && all_aligned"),
     )
     + _mutants(
         "csrc/cuda/partial_sums.h",

@@ -399,12 +399,6 @@ void with_shape(const DepthwiseConv3dShape& s, bool full_width, F f) {
 
 int64_t blocks(const DepthwiseConv3dShape& s, const Tiling& t) { return s.batch * t.slabs * t.tiles * t.runs; }
 
-template <class T>
-bool whole(const DepthwiseConv3dShape& s, const Strides& strides, const void* a, const void* b, const void* c) {
-  const int64_t unit = 16 / sizeof(T);
-  return s.dim % unit == 0 && divides(unit, strides) && aligned(a) && aligned(b) && aligned(c);
-}
-
 // Places inside a clip are counted in int; memory is addressed in 64 bits.
 void check_sizes(const DepthwiseConv3dShape& s) {
   const int64_t most = 1 << 30;
@@ -415,32 +409,33 @@ void check_sizes(const DepthwiseConv3dShape& s) {
 template <class T>
 void forward(const DepthwiseConv3dForward& p) {
   const DepthwiseConv3dShape& s = p.shape;
-  with_shape<T>(s, whole<T>(s, p.x_strides, p.x, p.y, p.position), [&](auto v, auto patches, auto space, auto stride) {
-    constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
-    const Tiling t = tiling_of<T>(s, P);
-    const ConvolutionForward<T> q{static_cast<int>(s.frames),
-                                  static_cast<int>(s.height),
-                                  static_cast<int>(s.width),
-                                  static_cast<int>(s.prefix),
-                                  s.dim,
-                                  static_cast<const T*>(p.x),
-                                  p.x_strides,
-                                  p.weight,
-                                  p.bias,
-                                  s.parameter_dtype,
-                                  static_cast<const Wide<T>*>(p.position),
-                                  static_cast<T*>(p.y),
-                                  t};
-    const Launch how{"depthwise_conv3d_forward_kernel", blocks(s, t), t.threads,
-                     Layout<T, V, P, SPACE>(t).bytes,   p.stream,     kLanes * kMostStrips<T>};
-    launch(depthwise_conv3d_forward_kernel<T, V, P, SPACE, STRIDE>, how, q);
-  });
+  with_shape<T>(s, whole_vectors<T>(s.dim, p.x_strides, p.x, p.y, p.position),
+                [&](auto v, auto patches, auto space, auto stride) {
+                  constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
+                  const Tiling t = tiling_of<T>(s, P);
+                  const ConvolutionForward<T> q{static_cast<int>(s.frames),
+                                                static_cast<int>(s.height),
+                                                static_cast<int>(s.width),
+                                                static_cast<int>(s.prefix),
+                                                s.dim,
+                                                static_cast<const T*>(p.x),
+                                                p.x_strides,
+                                                p.weight,
+                                                p.bias,
+                                                s.parameter_dtype,
+                                                static_cast<const Wide<T>*>(p.position),
+                                                static_cast<T*>(p.y),
+                                                t};
+                  const Launch how{"depthwise_conv3d_forward_kernel", blocks(s, t), t.threads,
+                                   Layout<T, V, P, SPACE>(t).bytes,   p.stream,     kLanes * kMostStrips<T>};
+                  launch(depthwise_conv3d_forward_kernel<T, V, P, SPACE, STRIDE>, how, q);
+                });
 }
 
 template <class T>
 void backward_x(const DepthwiseConv3dBackward& p) {
   const DepthwiseConv3dShape& s = p.shape;
-  const bool full_width = whole<T>(s, p.grad_y_strides, p.grad_y, p.grad_x, nullptr);
+  const bool full_width = whole_vectors<T>(s.dim, p.grad_y_strides, p.grad_y, p.grad_x);
   with_shape<T>(s, full_width, [&](auto v, auto patches, auto space, auto stride) {
     constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
     const Tiling t = tiling_of<T>(s, P);
@@ -472,7 +467,7 @@ template <class T>
 void backward_weight(const DepthwiseConv3dBackward& p) {
   const DepthwiseConv3dShape& s = p.shape;
   const bool full_width =
-      whole<T>(s, p.x_strides, p.x, p.grad_y, p.position) && divides(16 / sizeof(T), p.grad_y_strides);
+      whole_vectors<T>(s.dim, p.x_strides, p.x, p.grad_y, p.position) && divides(16 / sizeof(T), p.grad_y_strides);
   with_shape<T>(s, full_width, [&](auto v, auto patches, auto space, auto stride) {
     constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
     const Tiling t = tiling_of<T>(s, P);

@@ -292,8 +292,6 @@ int weight_bytes(const Tiling& t) {
   return sums > tiles ? sums : tiles;
 }
 
-inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 // The run is as long as leaves kConvolutionBlocks blocks: frames at its ends are read twice.
 template <class T>
 Tiling tile_frames(int64_t batch, int64_t height, int64_t width, int64_t dim, int64_t out_frames, int patches) {

@@ -263,13 +263,6 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
 
 #ifndef __CUDACC_RTC__
 
-// Elements of a 16-byte access if rows allow it, else 1.
-template <class T>
-bool full_width(int64_t dim, const Strides& strides, const void* position) {
-  const int64_t unit = 16 / sizeof(T);
-  return dim % unit == 0 && divides(unit, strides) && aligned(position);
-}
-
 template <class T, int V, class Source>
 void launch_interpolate_forward(InterpolateForward p, int64_t batch, const Source& source, void* stream) {
   const int64_t tile = kForwardTokens * kInterpolateWarps;
@@ -282,7 +275,7 @@ void launch_interpolate_forward(InterpolateForward p, int64_t batch, const Sourc
 // frames, tokens, dim, x, x_strides, position and z of p are given.
 template <class T, class Source>
 void interpolate_forward(const InterpolateForward& p, int64_t batch, const Source& source, void* stream) {
-  if (full_width<T>(p.dim, p.x_strides, p.position) && aligned(p.x) && aligned(p.z))
+  if (whole_vectors<T>(p.dim, p.x_strides, p.position, p.x, p.z))
     launch_interpolate_forward<T, 16 / sizeof(T)>(p, batch, source, stream);
   else
     launch_interpolate_forward<T, 1>(p, batch, source, stream);
@@ -302,8 +295,8 @@ void launch_interpolate_backward(InterpolateBackward p, int64_t batch, const Sou
 // All of p but `pairs` and `tile_tokens` is given; `tiles` as pair_interpolate_tiles() says.
 template <class T, class Source>
 void interpolate_backward(const InterpolateBackward& p, int64_t batch, const Source& source, void* stream) {
-  if (full_width<T>(p.dim, p.x_strides, p.position) && divides(16 / sizeof(T), p.grad_z_strides) && aligned(p.x) &&
-      aligned(p.grad_z) && aligned(p.grad_x) && aligned(p.partials))
+  if (whole_vectors<T>(p.dim, p.x_strides, p.position, p.x, p.grad_z, p.grad_x, p.partials) &&
+      divides(16 / sizeof(T), p.grad_z_strides))
     launch_interpolate_backward<T, 16 / sizeof(T)>(p, batch, source, stream);
   else
     launch_interpolate_backward<T, 1>(p, batch, source, stream);

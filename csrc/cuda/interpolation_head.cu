@@ -282,7 +282,7 @@ int64_t interpolation_head_partials(const InterpolationHeadShape& shape) {
 }
 
 inline TokenTiles hidden_tiles(const InterpolationHeadShape& shape) {
-  return token_tiles(shape.batch * (shape.frames / 2), shape.tokens, tiles_across(shape.hidden, 256));
+  return token_tiles(shape.batch * (shape.frames / 2), shape.tokens, divide_up(shape.hidden, 256));
 }
 
 int64_t interpolation_head_tiles(const InterpolationHeadShape& shape) {
@@ -385,7 +385,7 @@ void hidden_backward(const InterpolationHeadBackward& p) {
   q.tokens = counted(s.tokens, "tokens");
   q.hidden = counted(s.hidden, "hidden");
   q.cut = hidden_tiles(s);
-  q.column_tiles = tiles_across(s.hidden, 32 * V);
+  q.column_tiles = divide_up(s.hidden, 32 * V);
   q.frames = static_cast<unsigned>(frames);
   q.grad_difference = static_cast<const W*>(p.grad_difference);
   q.preactivation = static_cast<const T*>(p.preactivation);

@@ -291,7 +291,7 @@ void token_features_backward_activation(const TokenFeaturesBackwardActivation& p
     q.tokens = counted(s.tokens, "tokens");
     q.width = counted(s.width, "width");
     q.cut = token_tiles(s.batch * s.frames, s.tokens);
-    q.column_tiles = tiles_across(s.width, 32 * unit);
+    q.column_tiles = divide_up(s.width, 32 * unit);
     q.grad_features = static_cast<const T*>(p.grad_features);
     q.preactivation = static_cast<const T*>(p.preactivation);
     q.grad_preactivation = static_cast<T*>(p.grad_preactivation);
@@ -315,7 +315,7 @@ void token_features_normalize(const TokenFeaturesNormalize& p) {
     Normalize<T> q{};
     q.in = token_rows<T>(s, p.x, p.x_strides, p.position);
     q.cut = token_tiles(s.batch * s.frames, s.tokens);
-    q.column_tiles = tiles_across(s.dim, 32 * unit);
+    q.column_tiles = divide_up(s.dim, 32 * unit);
     q.norm_weight = static_cast<const T*>(p.norm_weight);
     q.norm_bias = static_cast<const T*>(p.norm_bias);
     q.statistics = static_cast<const Wide<T>*>(p.statistics);

@@ -112,7 +112,14 @@ bool all_aligned(Pointers... pointers) {
   return (aligned(pointers) && ...);
 }
 
-inline unsigned tiles_across(int64_t columns, int of) { return static_cast<unsigned>((columns + of - 1) / of); }
+// Whether rows [..., dim] of T can be read and written 16 bytes at a time.
+template <class T, class... Pointers>
+bool whole_vectors(int64_t dim, const Strides& strides, Pointers... pointers) {
+  constexpr int64_t unit = 16 / sizeof(T);
+  return dim % unit == 0 && divides(unit, strides) && all_aligned(pointers...);
+}
+
+inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Calls f with a number of the dtype's type and, as a constant, the elements of a load: 16 bytes' worth if `full_width`
 // (given the 16 bytes' worth) allows it, or 1.
