@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "dtype.h"
 #include "inti/build_info.h"
 #include "inti/cpu.h"
 
@@ -24,14 +25,6 @@ T* pointer(Address address) {
 }
 
 inti::Strides strides(const StrideArray& s) { return {s[0], s[1], s[2]}; }
-
-inti::DType dtype(const std::string& name) {
-  if (name == "float32") return inti::DType::float32;
-  if (name == "float64") return inti::DType::float64;
-  if (name == "bfloat16") return inti::DType::bfloat16;
-  if (name == "float16") return inti::DType::float16;
-  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got " + name);
-}
 
 template <class Params>
 void call(void (*kernel)(const Params&), const Params& params) {

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "dtype.h"
 #include "inti/build_info.h"
 #include "inti/cuda/code_for.h"
 #include "inti/cuda/depthwise_conv3d.h"
@@ -28,14 +29,6 @@ using namespace py::literals;
 using namespace inti::cuda;
 
 namespace {
-
-inti::DType dtype(const std::string& name) {
-  if (name == "float32") return inti::DType::float32;
-  if (name == "float64") return inti::DType::float64;
-  if (name == "bfloat16") return inti::DType::bfloat16;
-  if (name == "float16") return inti::DType::float16;
-  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got " + name);
-}
 
 // --- Shapes: a tuple with the members in their order, dtypes by name -------------------------------------------------
 

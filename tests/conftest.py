@@ -9,16 +9,13 @@ from importlib import import_module
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from op_subject import EMULATED, INTERPRETED, UNDER_TEST
 
 from inti_kernels.backends import _arguments, _memory, cpu, cuda, native
 from inti_kernels.ops import OPS
 
 # `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
 # finding what nobody thought of (HYPOTHESIS_PROFILE=full); `mutants` only wants to know whether something fails.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Naming the emulator asks for the cuda backend: INTI_CUDA_LIBRARY=build/emulator/_cuda….so
-EMULATED = bool(os.environ.get("INTI_CUDA_LIBRARY")) and not INTERPRETED
-UNDER_TEST = "triton" if INTERPRETED else "cuda" if EMULATED else "cpu"
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("fast", max_examples=8 if INTERPRETED else 25, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=400, **_COMMON)

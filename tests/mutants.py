@@ -168,9 +168,12 @@ MUTANTS = {
         ("patches off the grid count in the position's sums", "sum += place.inside(p) ? sums.at[p][c] : 0;", "sum += sums.at[p][c];"),
     )
     + _mutants(
+        "csrc/cuda/depthwise_conv3d_weight.h",
+        ("a bias's gradient counts an output twice", "    arrive();\n    shift(0, 1);", "    arrive();\n    arrive();\n    shift(0, 1);"),
+    )
+    + _mutants(
         "csrc/cuda/depthwise_conv3d.cu",
         ("the run's last frame is dropped", "if (STRIDE == 1 && place.last == p.frames) writer.write(at", "if (false) writer.write(at"),
-        ("a bias's gradient counts an output twice", "    arrive();\n    shift(0, 1);", "    arrive();\n    arrive();\n    shift(0, 1);"),
         ("the gradient of the frame before is dropped", "if (STRIDE == 1 && begin > 0) --begin;", ";"),
     ),
     "cuda token_features": _mutants(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from inti_kernels import ops
 from inti_kernels.testing import OpCase, op_cases
+
+# Triton's interpreter asks for the triton backend, naming the emulator for the cuda backend: conftest.py then has no
+# other.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = bool(os.environ.get("INTI_CUDA_LIBRARY")) and not INTERPRETED
+UNDER_TEST = "triton" if INTERPRETED else "cuda" if EMULATED else "cpu"
 
 SMALL = {"batch": 2, "frames": 4, "grid": (3, 2), "dim": 5, "prefix": 1}
 

@@ -5,7 +5,6 @@ A test file of an op describes the op by a `Subject` and runs CHECKS on it; see 
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -27,16 +26,10 @@ from op_pytorch import (
     opcheck,
     vmap,
 )
-from op_subject import Subject, as_tuple, assert_same_bits, gradients, layouts, loss
+from op_subject import EMULATED, UNDER_TEST, Subject, as_tuple, assert_same_bits, gradients, layouts, loss
 
 from inti_kernels import backends, ops, reference
 from inti_kernels.testing import OpCase, assert_close_three_way, three_way
-
-# The triton backend's run of the suite, or the cuda backend's: tests/conftest.py then has no other backend.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATED = bool(os.environ.get("INTI_CUDA_LIBRARY")) and not INTERPRETED
-UNDER_TEST = "triton" if INTERPRETED else "cuda" if EMULATED else "cpu"
-
 
 # For ops that are a plain PyTorch expression but for the CUDA kernels: what is of the others, and of these. The rest of
 # a run has no such tests (conftest.py), instead of skipping them.

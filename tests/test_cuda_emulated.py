@@ -228,6 +228,17 @@ def forward_arguments(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) ->
     return {"shape": shape, "x_strides": x.stride()[:3], "stream": 0, **addresses}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_tile_is_never_more_than_its_threads_bring_in(dtype: str, emulator: object) -> None:
+    """depthwise_conv3d refuses a tile that would be; there is none."""
+    for height in range(1, 90):
+        for width in range(1, 90):
+            shape = (1, 16, 1, height, width, 16, 2, 3, dtype, dtype)
+            tiles, runs = emulator.depthwise_conv3d_tiling(shape)
+            assert tiles >= 1
+            assert runs >= 1
+
+
 @pytest.mark.parametrize("grid", [(40, 8), (3, 48)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_turing_has_shared_memory_enough(dtype: torch.dtype, grid: tuple[int, int], emulator: object) -> None:

@@ -4,6 +4,7 @@
 #include "inti/cuda/depthwise_conv3d.h"
 
 #include "depthwise_conv3d_sums.h"
+#include "depthwise_conv3d_weight.h"
 #include "partial_sums.h"
 
 namespace inti::cuda {
@@ -11,9 +12,7 @@ namespace inti::cuda {
 // --- Forward ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-struct ConvolutionForward {
-  int frames, height, width, prefix;
-  int64_t dim;
+struct ConvolutionForward : ConvolutionSizes {
   const T* x;
   Strides x_strides;
   const void* weight;
@@ -21,7 +20,6 @@ struct ConvolutionForward {
   DType parameter_dtype;
   const Wide<T>* position;
   T* y;
-  Tiling tiling;
 };
 
 // 256 threads, 2 blocks an SM (128 registers; float64, for gradient checks, and unaligned rows take what they need): 16
@@ -103,9 +101,7 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T, V>)
 // --- Backward to x and position --------------------------------------------------------------------------------------
 
 template <class T>
-struct ConvolutionBackwardX {
-  int frames, height, width, prefix;
-  int64_t dim;
+struct ConvolutionBackwardX : ConvolutionSizes {
   const T* grad_y;
   Strides grad_strides;
   const void* weight;
@@ -113,7 +109,6 @@ struct ConvolutionBackwardX {
   T* grad_x;  // or null
   bool accumulate;
   Wide<T>* partials;  // [batch · tiles, frames, dim], or null: the position's
-  Tiling tiling;      // of grad_y's frames
 };
 
 // The gather form: every element of grad_x is written by one block, once. grad_y's frames are what is walked along, and
@@ -195,162 +190,6 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, kBlocks<T, V>)
   if (STRIDE == 1 && place.last == p.frames) finish_frame(at, place.last - 1);
 }
 
-// --- Backward to weight and bias -------------------------------------------------------------------------------------
-
-template <class T>
-struct ConvolutionBackwardWeight {
-  int frames, height, width, prefix;
-  int64_t dim;
-  const T* x;
-  Strides x_strides;
-  const T* grad_y;
-  Strides grad_strides;
-  const Wide<T>* position;
-  Wide<T>* partials;  // [batch · runs · tiles, dim, 3·SPACE·SPACE + 1]
-  Tiling tiling;
-};
-
-// A thread keeps the sums of all taps of its channels over its strip, and meets x's frames one after the other, each
-// with the gradients of the outputs that it feeds: a strip's gradients are loaded once, straight into registers (the
-// eight threads of a slab read whole sectors). x lies wide in shared memory: parameters' gradients may be float32,
-// which would show a rounding of x + position, and nine reads of a number take one conversion. 256 threads, 1 block an
-// SM (255 registers): 27 sums a channel.
-template <class T, int V, int P, int SPACE, int STRIDE>
-__global__ void __launch_bounds__(kLanes* kMostStrips<T>, 1)
-    depthwise_conv3d_backward_weight_kernel(const ConvolutionBackwardWeight<T> p) {
-  using W = Wide<T>;
-  constexpr int C = kChannelsPerThread<T>, TAPS = 3 * SPACE * SPACE;
-  const int out_frames = p.frames / STRIDE;
-  const Place<T, P> place(p.tiling, p.height, p.width, out_frames);
-  const Layout<T, V, P, SPACE, W> layout(p.tiling);
-  const int pitch = tile_pitch<P, SPACE>(p.tiling.strips);
-  const Shared<W> buffers = dynamic_shared<W>(layout.tiles);
-  const Shared<W> shared = dynamic_shared<W>(0);  // [warps, kSlab, TAPS + 1], when the tiles are done with
-  const int64_t start = static_cast<int64_t>(place.clip) * p.x_strides.batch + p.prefix * p.x_strides.token;
-  Stager<T, V, P, SPACE, W> stager(place, p.tiling, Frames<T>{p.x, start, p.x_strides.frame, p.x_strides.token},
-                                   p.position, p.dim, layout);
-  const int own = (place.row * pitch + place.column) * kSlab<T> + place.lane * C;
-  const int64_t channel = place.channel + place.lane * C;
-  const T* grad_y =
-      p.grad_y + static_cast<int64_t>(place.clip) * p.grad_strides.batch + p.prefix * p.grad_strides.token + channel;
-
-  W sums[TAPS + 1][C] = {};
-  Loaded<T, C> grads[3][P] = {};  // of the outputs that a frame feeds by its time taps 0, 1 and 2
-  Loaded<T, C> incoming[P];       // of the next output, under way
-  const auto fetch = [&](int out) {
-#pragma unroll
-    for (int i = 0; i < P; ++i) {
-      incoming[i] = {};
-      if (out >= place.last || !place.inside(i) || channel >= p.dim) continue;
-      const T* at = grad_y + out * p.grad_strides.frame + place.patch(i) * p.grad_strides.token;
-      if constexpr (V >= C)
-        incoming[i] = start_load<C>(at);
-      else
-        incoming[i] = loaded(Vec<T, C>{{load(at), channel + 1 < p.dim ? load(at + 1) : T{}}});
-    }
-  };
-  const auto arrive = [&] {
-#pragma unroll
-    for (int i = 0; i < P; ++i) {
-      grads[0][i] = incoming[i];
-      const auto grad = widen(incoming[i].numbers());
-#pragma unroll
-      for (int c = 0; c < C; ++c) sums[TAPS][c] += grad[c];
-    }
-  };
-  const auto shift = [&](int from, int to) {
-#pragma unroll
-    for (int i = 0; i < P; ++i) grads[to][i] = grads[from][i];
-  };
-  const auto add = [&](Shared<W> tile, bool at_zero, bool at_one, bool at_two) {
-#pragma unroll
-    for (int h = 0; h < SPACE; ++h) {
-      const Row<T, P, SPACE> row(tile + h * pitch * kSlab<T>);
-#pragma unroll
-      for (int time = 0; time < 3; ++time) {
-        if (!(time == 0 ? at_zero : time == 1 ? at_one : at_two)) continue;
-#pragma unroll
-        for (int i = 0; i < P; ++i) {
-          const auto grad = widen(grads[time][i].numbers());
-#pragma unroll
-          for (int w = 0; w < SPACE; ++w) {
-#pragma unroll
-            for (int c = 0; c < C; ++c) sums[(time * SPACE + h) * SPACE + w][c] += grad[c] * row.at[i + w][c];
-          }
-        }
-      }
-    }
-  };
-
-  int begin = STRIDE * place.first - 1, end = STRIDE == 1 ? place.last + 1 : STRIDE * place.last;
-  fetch(place.first);
-  if (begin < 0) {
-    begin = 0;  // the frame before, which does not exist, would have brought the first output's
-    arrive();
-    shift(0, 1);
-    fetch(1);
-  }
-  if (end > p.frames) end = p.frames;
-  walk(stager, buffers, layout.tile, begin, end, [&](int frame, Shared<W> tile) {
-    tile = tile + own;
-    if (STRIDE == 2) {
-      if (frame % 2 == 0) {
-        if (place.live()) add(tile, false, true, false);
-        shift(1, 2);
-      } else {
-        arrive();
-        fetch((frame + 1) / 2 + 1);
-        if (place.live()) add(tile, true, false, true);  // nothing is at 2 in the first frame: zeros
-        shift(0, 1);
-      }
-    } else {
-      arrive();
-      fetch(frame + 2);
-      if (place.live()) add(tile, true, true, true);
-      shift(1, 2);
-      shift(0, 1);
-    }
-  });
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int k = 0; k <= TAPS; ++k) {
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      W sum = sums[k][c];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-      if (lane < kLanes) store(shared + (warp * kSlab<T> + lane * C + c) * (TAPS + 1) + k, sum);
-    }
-  }
-  __syncthreads();
-  W* partials = p.partials + (static_cast<int64_t>(place.part) * p.dim + place.channel) * (TAPS + 1);
-  for (int i = threadIdx.x; i < kSlab<T> * (TAPS + 1); i += blockDim.x) {
-    if (place.channel + i / (TAPS + 1) >= p.dim) break;
-    W sum = 0;
-    for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += load(shared + w * kSlab<T> * (TAPS + 1) + i);
-    store(partials + i, sum);
-  }
-}
-
-// Where the sums go: the last of each channel is the bias's.
-struct StoreTaps {
-  void* weight;  // or null
-  void* bias;    // or null
-  DType dtype;
-  int taps;
-  template <class W>
-  __device__ __forceinline__ void operator()(int64_t i, W sum) const {
-    const int64_t channel = i / (taps + 1);
-    const int tap = static_cast<int>(i - channel * (taps + 1));
-    if (tap == taps) {
-      if (bias) write(bias, dtype, channel, sum);
-    } else if (weight) {
-      write(weight, dtype, channel * taps + tap, sum);
-    }
-  }
-};
-
 // --- Host ------------------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__
 
@@ -397,7 +236,10 @@ void with_shape(const DepthwiseConv3dShape& s, bool full_width, F f) {
     with_patches(Constant<1>{});
 }
 
-int64_t blocks(const DepthwiseConv3dShape& s, const Tiling& t) { return s.batch * t.slabs * t.tiles * t.runs; }
+template <class T>
+Launch launch_of(const char* kernel, const DepthwiseConv3dShape& s, const Tiling& t, int shared_bytes, void* stream) {
+  return {kernel, s.batch * t.slabs * t.tiles * t.runs, t.threads, shared_bytes, stream, kLanes * kMostStrips<T>};
+}
 
 // Places inside a clip are counted in int; memory is addressed in 64 bits.
 void check_sizes(const DepthwiseConv3dShape& s) {
@@ -406,59 +248,59 @@ void check_sizes(const DepthwiseConv3dShape& s) {
     throw std::invalid_argument("inti_kernels: depthwise_conv3d takes frames, prefix, height·width and dim up to 2^30");
 }
 
+ConvolutionSizes sizes_of(const DepthwiseConv3dShape& s, const Tiling& t) {
+  return {static_cast<int>(s.frames),
+          static_cast<int>(s.height),
+          static_cast<int>(s.width),
+          static_cast<int>(s.prefix),
+          s.dim,
+          t};
+}
+
 template <class T>
 void forward(const DepthwiseConv3dForward& p) {
   const DepthwiseConv3dShape& s = p.shape;
-  with_shape<T>(s, whole_vectors<T>(s.dim, p.x_strides, p.x, p.y, p.position),
-                [&](auto v, auto patches, auto space, auto stride) {
-                  constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
-                  const Tiling t = tiling_of<T>(s, P);
-                  const ConvolutionForward<T> q{static_cast<int>(s.frames),
-                                                static_cast<int>(s.height),
-                                                static_cast<int>(s.width),
-                                                static_cast<int>(s.prefix),
-                                                s.dim,
-                                                static_cast<const T*>(p.x),
-                                                p.x_strides,
-                                                p.weight,
-                                                p.bias,
-                                                s.parameter_dtype,
-                                                static_cast<const Wide<T>*>(p.position),
-                                                static_cast<T*>(p.y),
-                                                t};
-                  const Launch how{"depthwise_conv3d_forward_kernel", blocks(s, t), t.threads,
-                                   Layout<T, V, P, SPACE>(t).bytes,   p.stream,     kLanes * kMostStrips<T>};
-                  launch(depthwise_conv3d_forward_kernel<T, V, P, SPACE, STRIDE>, how, q);
-                });
+  const bool whole = whole_vectors<T>(s.dim, p.x_strides, p.x, p.y, p.position);
+  with_shape<T>(s, whole, [&](auto v, auto patches, auto space, auto stride) {
+    constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
+    const Tiling t = tiling_of<T>(s, P);
+    ConvolutionForward<T> q{};
+    static_cast<ConvolutionSizes&>(q) = sizes_of(s, t);
+    q.x = static_cast<const T*>(p.x);
+    q.x_strides = p.x_strides;
+    q.weight = p.weight;
+    q.bias = p.bias;
+    q.parameter_dtype = s.parameter_dtype;
+    q.position = static_cast<const Wide<T>*>(p.position);
+    q.y = static_cast<T*>(p.y);
+    const int bytes = Layout<T, V, P, SPACE>(t).bytes;
+    launch(depthwise_conv3d_forward_kernel<T, V, P, SPACE, STRIDE>,
+           launch_of<T>("depthwise_conv3d_forward_kernel", s, t, bytes, p.stream), q);
+  });
 }
 
 template <class T>
 void backward_x(const DepthwiseConv3dBackward& p) {
   const DepthwiseConv3dShape& s = p.shape;
-  const bool full_width = whole_vectors<T>(s.dim, p.grad_y_strides, p.grad_y, p.grad_x);
-  with_shape<T>(s, full_width, [&](auto v, auto patches, auto space, auto stride) {
+  const bool whole = whole_vectors<T>(s.dim, p.grad_y_strides, p.grad_y, p.grad_x);
+  with_shape<T>(s, whole, [&](auto v, auto patches, auto space, auto stride) {
     constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
     const Tiling t = tiling_of<T>(s, P);
-    Wide<T>* partials = p.grad_position ? static_cast<Wide<T>*>(p.position_partials) : nullptr;
-    const ConvolutionBackwardX<T> q{static_cast<int>(s.frames),
-                                    static_cast<int>(s.height),
-                                    static_cast<int>(s.width),
-                                    static_cast<int>(s.prefix),
-                                    s.dim,
-                                    static_cast<const T*>(p.grad_y),
-                                    p.grad_y_strides,
-                                    p.weight,
-                                    s.parameter_dtype,
-                                    static_cast<T*>(p.grad_x),
-                                    p.accumulate,
-                                    partials,
-                                    t};
-    const Launch how{"depthwise_conv3d_backward_x_kernel", blocks(s, t), t.threads,
-                     Layout<T, V, P, SPACE>(t).bytes,      p.stream,     kLanes * kMostStrips<T>};
-    launch(depthwise_conv3d_backward_x_kernel<T, V, P, SPACE, STRIDE>, how, q);
-    if (partials) {
-      const StoreAs to{p.grad_position, sizeof(Wide<T>) == 8 ? DType::float64 : DType::float32};
-      sum_partials<Wide<T>>(partials, s.batch * t.tiles, s.frames * s.dim, to, p.stream);
+    ConvolutionBackwardX<T> q{};
+    static_cast<ConvolutionSizes&>(q) = sizes_of(s, t);
+    q.grad_y = static_cast<const T*>(p.grad_y);
+    q.grad_strides = p.grad_y_strides;
+    q.weight = p.weight;
+    q.parameter_dtype = s.parameter_dtype;
+    q.grad_x = static_cast<T*>(p.grad_x);
+    q.accumulate = p.accumulate;
+    q.partials = p.grad_position ? static_cast<Wide<T>*>(p.position_partials) : nullptr;
+    const int bytes = Layout<T, V, P, SPACE>(t).bytes;
+    launch(depthwise_conv3d_backward_x_kernel<T, V, P, SPACE, STRIDE>,
+           launch_of<T>("depthwise_conv3d_backward_x_kernel", s, t, bytes, p.stream), q);
+    if (p.grad_position) {
+      const StoreAs to = store_wide<Wide<T>>(p.grad_position);
+      sum_partials<Wide<T>>(q.partials, s.batch * t.tiles, s.frames * s.dim, to, p.stream);
     }
   });
 }
@@ -466,26 +308,21 @@ void backward_x(const DepthwiseConv3dBackward& p) {
 template <class T>
 void backward_weight(const DepthwiseConv3dBackward& p) {
   const DepthwiseConv3dShape& s = p.shape;
-  const bool full_width =
+  const bool whole =
       whole_vectors<T>(s.dim, p.x_strides, p.x, p.grad_y, p.position) && divides(16 / sizeof(T), p.grad_y_strides);
-  with_shape<T>(s, full_width, [&](auto v, auto patches, auto space, auto stride) {
+  with_shape<T>(s, whole, [&](auto v, auto patches, auto space, auto stride) {
     constexpr int V = v.value, P = patches.value, SPACE = space.value, STRIDE = stride.value;
     const Tiling t = tiling_of<T>(s, P);
-    const ConvolutionBackwardWeight<T> q{static_cast<int>(s.frames),
-                                         static_cast<int>(s.height),
-                                         static_cast<int>(s.width),
-                                         static_cast<int>(s.prefix),
-                                         s.dim,
-                                         static_cast<const T*>(p.x),
-                                         p.x_strides,
-                                         static_cast<const T*>(p.grad_y),
-                                         p.grad_y_strides,
-                                         static_cast<const Wide<T>*>(p.position),
-                                         static_cast<Wide<T>*>(p.weight_partials),
-                                         t};
-    const Launch how{"depthwise_conv3d_backward_weight_kernel", blocks(s, t), t.threads,
-                     weight_bytes<T, V, P, SPACE>(t),           p.stream,     kLanes * kMostStrips<T>};
-    launch(depthwise_conv3d_backward_weight_kernel<T, V, P, SPACE, STRIDE>, how, q);
+    ConvolutionBackwardWeight<T> q{};
+    static_cast<ConvolutionSizes&>(q) = sizes_of(s, t);
+    q.x = static_cast<const T*>(p.x);
+    q.x_strides = p.x_strides;
+    q.grad_y = static_cast<const T*>(p.grad_y);
+    q.grad_strides = p.grad_y_strides;
+    q.position = static_cast<const Wide<T>*>(p.position);
+    q.partials = static_cast<Wide<T>*>(p.weight_partials);
+    launch(depthwise_conv3d_backward_weight_kernel<T, V, P, SPACE, STRIDE>,
+           launch_of<T>("depthwise_conv3d_backward_weight_kernel", s, t, weight_bytes<T, V, P, SPACE>(t), p.stream), q);
     const StoreTaps to{p.grad_weight, p.grad_bias, s.parameter_dtype, 3 * SPACE * SPACE};
     sum_partials<Wide<T>>(p.weight_partials, s.batch * t.runs * t.tiles, s.dim * (3 * SPACE * SPACE + 1), to, p.stream);
   });

@@ -34,6 +34,13 @@ struct Tiling {
   int threads;
 };
 
+// Of every kernel; `tiling` is of the frames that it walks along.
+struct ConvolutionSizes {
+  int frames, height, width, prefix;
+  int64_t dim;
+  Tiling tiling;
+};
+
 // Tokens as kernels read them: the first patch of the clip's frame 0 is at base + start. (What is the same for all
 // threads of a launch takes no register; `start` ends in the threads' offsets.)
 template <class T>
@@ -311,6 +318,11 @@ Tiling tile_frames(int64_t batch, int64_t height, int64_t width, int64_t dim, in
   tiling.run = divide_up(out_frames, wanted < out_frames ? wanted : out_frames);
   tiling.runs = divide_up(out_frames, tiling.run);
   tiling.threads = (tiling.rows * tiling.strips * kLanes + 31) / 32 * 32;
+  const int64_t high = tiling.rows + 2 < height ? tiling.rows + 2 : height;
+  const int64_t wide = tiling.strips * patches + 2 < width ? tiling.strips * patches + 2 : width;
+  constexpr int kFull = 16 / sizeof(T);
+  if (high * wide * (kSlab<T> / kFull) > int64_t{kItems<T, kFull>} * tiling.threads)
+    throw std::logic_error("inti_kernels: depthwise_conv3d: a tile has more patches than its threads can bring in");
   return tiling;
 }
 

@@ -362,15 +362,10 @@ void interpolation_backward(const InterpolationHeadBackward& p) {
   q.grad_z_strides = p.grad_z_strides;
   q.grad_x = p.grad_x;
   q.accumulate = p.accumulate;
-  q.partials = p.grad_position ? p.position_partials : nullptr;
-  q.tiles = static_cast<unsigned>(pair_interpolate_tiles(s.batch, s.frames, s.tokens));
+  q.partials = p.position_partials;
   const Differences<W> source{static_cast<const W*>(p.difference), p.grad_weights, static_cast<W*>(p.grad_difference),
                               s.dtype};
-  interpolate_backward<T>(q, s.batch, source, p.stream);
-  if (p.grad_position) {
-    const StoreAs to{p.grad_position, sizeof(W) == 8 ? DType::float64 : DType::float32};
-    sum_partials<W>(p.position_partials, s.batch * q.tiles, s.frames * s.dim, to, p.stream);
-  }
+  interpolate_backward<T>(q, s.batch, p.grad_position, source, p.stream);
 }
 
 // grad_preactivation, grad_frame_bias and grad_weight2.
@@ -397,7 +392,7 @@ void hidden_backward(const InterpolationHeadBackward& p) {
   launch(interpolation_head_hidden_kernel<T, V>,
          Launch{"interpolation_head_hidden_kernel", tiles * q.column_tiles, 32 * kHiddenWarps, shared, p.stream}, q);
   if (p.grad_frame_bias) {
-    const StoreAs to{p.grad_frame_bias, sizeof(W) == 8 ? DType::float64 : DType::float32};
+    const StoreAs to = store_wide<W>(p.grad_frame_bias);
     sum_partials<W>(q.frame_partials, q.cut.tiles, frames * s.hidden, to, p.stream);
   }
   if (p.grad_weight2)

@@ -3,7 +3,6 @@
 #include "inti/cuda/pair_interpolate.h"
 
 #include "interpolate.h"
-#include "partial_sums.h"
 
 namespace inti::cuda {
 
@@ -66,14 +65,9 @@ void backward(const PairInterpolateBackward& p) {
   q.grad_z_strides = p.grad_z_strides;
   q.grad_x = p.grad_x;
   q.accumulate = p.accumulate;
-  q.partials = p.grad_position ? p.partials : nullptr;
-  q.tiles = static_cast<unsigned>(pair_interpolate_tiles(p.shape.batch, p.shape.frames, p.shape.tokens));
+  q.partials = p.partials;
   const Logits<S> source{p.shape.logits_dtype, p.logits, nullptr, p.grad_weights, p.grad_logits};
-  interpolate_backward<T>(q, p.shape.batch, source, p.stream);
-  if (p.grad_position) {
-    const StoreAs to{p.grad_position, sizeof(Wide<T>) == 8 ? DType::float64 : DType::float32};
-    sum_partials<Wide<T>>(p.partials, p.shape.batch * q.tiles, p.shape.frames * p.shape.dim, to, p.stream);
-  }
+  interpolate_backward<T>(q, p.shape.batch, p.grad_position, source, p.stream);
 }
 
 // Calls f with numbers of x's type and of the softmax's.

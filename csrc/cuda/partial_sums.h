@@ -48,6 +48,12 @@ __global__ void __launch_bounds__(kSumColumns* kSumGroups, 4)
 }
 
 #ifndef __CUDACC_RTC__
+// To an array of W itself.
+template <class W>
+StoreAs store_wide(void* to) {
+  return {to, sizeof(W) == 8 ? DType::float64 : DType::float32};
+}
+
 template <class W, class Store>
 void sum_partials(const void* partials, int64_t count, int64_t size, Store to, void* stream) {
   const int threads = kSumColumns * kSumGroups;

@@ -357,7 +357,7 @@ void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
       sum_partials<W>(q.norm_partials, tiles, 2 * s.dim, to, p.stream);
     }
     if (p.grad_position) {
-      const StoreAs to{p.grad_position, sizeof(W) == 8 ? DType::float64 : DType::float32};
+      const StoreAs to = store_wide<W>(p.grad_position);
       sum_partials<W>(q.position_partials, s.batch * q.cut.tiles, s.frames * s.dim, to, p.stream);
     }
   });

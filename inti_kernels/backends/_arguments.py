@@ -68,6 +68,11 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def in_wide_dtype(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """Contiguous, in what kernels compute x's dtype in."""
+    return None if tensor is None else tensor.to(wide_dtype(x)).contiguous()
+
+
 def taps_first(weight: Tensor) -> Tensor:
     """[C, 1, KT, KH, KW] → [KT·KH·KW, C]: the channels, along which kernels vectorise, contiguous."""
     return weight.reshape(weight.shape[0], -1).t().contiguous()

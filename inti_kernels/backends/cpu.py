@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from ._arguments import channels_contiguous, expect, expect_convolution, gradient_buffer, taps_first, wide_dtype
+from ._arguments import channels_contiguous, expect, expect_convolution, gradient_buffer, in_wide_dtype, taps_first
 from ._memory import empty
 
 Gradients = tuple[Tensor | None, ...]
@@ -22,7 +22,7 @@ def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None)
     batch, frames, tokens, dim = x.shape
     expect(x, (logits, (batch, frames // 2, tokens, 2)), (position, (frames, dim)))
     x = channels_contiguous(x, "pair_interpolate")
-    logits64, position = logits.to(torch.float64).contiguous(), _wide(position, x)
+    logits64, position = logits.to(torch.float64).contiguous(), in_wide_dtype(position, x)
     z = empty((batch, frames // 2, tokens, dim), x)
     weights = empty(logits64.shape, logits64)
     native.load().pair_interpolate_forward(
@@ -52,7 +52,7 @@ def pair_interpolate_backward(
     pairs = (batch, frames // 2, tokens)
     expect(x, (logits, (*pairs, 2)), (grad_weights, (*pairs, 2)), (grad_z, (*pairs, dim)), (position, (frames, dim)))
     x, grad_z = channels_contiguous(x, "pair_interpolate"), channels_contiguous(grad_z)
-    logits64, wide_position = logits.to(torch.float64).contiguous(), _wide(position, x)
+    logits64, wide_position = logits.to(torch.float64).contiguous(), in_wide_dtype(position, x)
     grad_weights = grad_weights.to(torch.float64).contiguous()
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_logits = empty(logits64.shape, logits64) if needs[1] else None
@@ -95,7 +95,7 @@ def depthwise_conv3d_forward(
     batch, frames, tokens, dim = x.shape
     expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
     x = channels_contiguous(x, "depthwise_conv3d")
-    taps, bias, position = _wide(taps_first(weight), x), _wide(bias, x), _wide(position, x)
+    taps, bias, position = in_wide_dtype(taps_first(weight), x), in_wide_dtype(bias, x), in_wide_dtype(position, x)
     y = empty((batch, frames // temporal_stride, tokens, dim), x)
     native.load().depthwise_conv3d_forward(
         shape=(batch, frames, prefix, *grid, dim, temporal_stride),
@@ -128,7 +128,7 @@ def depthwise_conv3d_backward(
     expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
     expect(x, (grad_y, (batch, frames // temporal_stride, tokens, dim)))
     x, grad_y = channels_contiguous(x, "depthwise_conv3d"), channels_contiguous(grad_y)
-    taps, wide_position = _wide(taps_first(weight), x), _wide(position, x)
+    taps, wide_position = in_wide_dtype(taps_first(weight), x), in_wide_dtype(position, x)
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_taps = weight_partials = grad_position = position_partials = None
     if needs[1] or needs[2]:
@@ -171,8 +171,3 @@ def _common(x: Tensor) -> dict[str, object]:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _wide(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """In what the kernels compute x's dtype in: float64 for float64, else float32."""
-    return None if tensor is None else tensor.to(wide_dtype(x)).contiguous()

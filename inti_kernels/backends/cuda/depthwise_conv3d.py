@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import channels_contiguous, expect, expect_convolution, gradient_buffer, wide_dtype
+from .._arguments import channels_contiguous, expect, expect_convolution, gradient_buffer, in_wide_dtype, wide_dtype
 from .._memory import empty
 from . import load
 from ._launch import launch, name_of, strides
@@ -37,7 +37,7 @@ def depthwise_conv3d_forward(
         x_strides=strides(x),
         weight=weight,
         bias=bias,
-        position=None if position is None else position.to(wide_dtype(x)).contiguous(),
+        position=in_wide_dtype(position, x),
         y=y,
     )
     return y
@@ -79,7 +79,7 @@ def depthwise_conv3d_backward(
         x=x,
         x_strides=strides(x),
         weight=parameters[0],
-        position=None if position is None else position.to(wide_dtype(x)).contiguous(),
+        position=in_wide_dtype(position, x),
         grad_y=grad_y,
         grad_y_strides=strides(grad_y),
         grad_x=grad_x,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import channels_contiguous, expect, expect_one_dtype, gradient_buffer, wide_dtype
+from .._arguments import channels_contiguous, expect, expect_one_dtype, gradient_buffer, in_wide_dtype, wide_dtype
 from .._memory import empty
 from . import load
 from ._launch import launch, name_of, strides
@@ -47,7 +47,7 @@ def interpolation_head_forward(
         frame_bias=_frame_bias(features, frame_context, weight1),
         x=x,
         x_strides=strides(x),
-        position=_wide(position, x),
+        position=in_wide_dtype(position, x),
         weight1=weight1.contiguous(),
         bias1=bias1.contiguous(),
         weight2=weight2.contiguous(),
@@ -115,7 +115,7 @@ def interpolation_head_backward(
         shape=shape,
         x=x,
         x_strides=strides(x),
-        position=_wide(position, x),
+        position=in_wide_dtype(position, x),
         difference=difference.contiguous(),
         grad_z=grad_z,
         grad_z_strides=strides(grad_z),
@@ -229,7 +229,3 @@ def _shape(features: Tensor, x: Tensor, weight1: Tensor) -> tuple[object, ...]:
     hidden, inputs = weight1.shape
     width = features.shape[3]
     return (*x.shape, width, inputs - width, hidden, name_of(features.dtype), name_of(x.dtype))
-
-
-def _wide(position: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if position is None else position.to(wide_dtype(x)).contiguous()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._arguments import channels_contiguous, expect, gradient_buffer, wide_dtype
+from .._arguments import channels_contiguous, expect, gradient_buffer, in_wide_dtype, wide_dtype
 from .._memory import empty
 from . import load
 from ._launch import launch, name_of, strides
@@ -26,7 +26,7 @@ def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None)
         x=x,
         x_strides=strides(x),
         logits=logits,
-        position=None if position is None else position.to(wide_dtype(x)).contiguous(),
+        position=in_wide_dtype(position, x),
         z=z,
         weights=weights,
     )
@@ -61,7 +61,7 @@ def pair_interpolate_backward(
         x=x,
         x_strides=strides(x),
         logits=logits,
-        position=None if position is None else position.to(wide_dtype(x)).contiguous(),
+        position=in_wide_dtype(position, x),
         grad_z=grad_z,
         grad_z_strides=strides(grad_z),
         grad_weights=grad_weights.to(logits.dtype).contiguous(),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._arguments import channels_contiguous, expect, expect_one_dtype, gradient_buffer, wide_dtype
+from .._arguments import channels_contiguous, expect, expect_one_dtype, gradient_buffer, in_wide_dtype, wide_dtype
 from .._memory import empty
 from . import load
 from ._launch import launch, name_of, strides
@@ -41,7 +41,7 @@ def token_features_forward(
         shape=_shape(x, weight),
         x=x,
         x_strides=strides(x),
-        position=_wide(position, x),
+        position=in_wide_dtype(position, x),
         norm_weight=norm_weight.contiguous(),
         norm_bias=norm_bias.contiguous(),
         weight=weight.contiguous(),
@@ -99,7 +99,7 @@ def token_features_backward(
         "shape": shape,
         "x": x,
         "x_strides": strides(x),
-        "position": _wide(position, x),
+        "position": in_wide_dtype(position, x),
         "norm_weight": norm_weight.contiguous(),
         "norm_bias": norm_bias.contiguous(),
         "statistics": statistics.contiguous(),
@@ -153,7 +153,3 @@ def _expect_all(
 
 def _shape(x: Tensor, weight: Tensor) -> tuple[object, ...]:
     return (*x.shape, weight.shape[0], name_of(x.dtype))
-
-
-def _wide(position: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if position is None else position.to(wide_dtype(x)).contiguous()
