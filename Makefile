@@ -35,7 +35,7 @@ NATIVE_INPUTS = $(CXX_SOURCES) $(shell find csrc python -type d) csrc/build_info
 OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_native.py
 # With INTI_CUDA_LIBRARY, all these are tests of the emulated CUDA backend.
-CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py) \
+CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py tests/test_cuda_launches.py) \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
     tests/test_interpolation_head.py
 # The emulated module of a build folder, and the lines that a build folder's tests executed.
@@ -147,7 +147,8 @@ triton-check: install
 triton-tests: install
 	$(call say,Triton: tests in the interpreter)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n auto \
-	    tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_triton_interpreted.py $(PYTEST_ARGS)
+	    tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
+	    tests/test_interpolation_head.py tests/test_triton_interpreted.py $(PYTEST_ARGS)
 
 triton-compile: install
 	$(call say,Triton: compiling ahead of time)

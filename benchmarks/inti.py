@@ -53,11 +53,15 @@ def workload(sizes: Sizes, dtype: torch.dtype, device: torch.device, backend: st
         outputs = torch.func.functional_call(inti, parameters, (wide["x"],), {"return_weights": True})
         return collect(outputs, wide, upstream)
 
+    kernels = {
+        name: FusedInTI.from_reference(inti, backend=backend, recompute=name == "recompute")
+        for name in ("fused", "recompute")
+    }
     return Workload(
         name="inti",
         leaves={"x": x, **dict(inti.named_parameters())},
         reference=inti,
-        fused=FusedInTI.from_reference(inti, backend=backend),
+        kernels=kernels,
         bind=bind,
         exact=exact,
         compute_dtype=dtype,

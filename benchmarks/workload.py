@@ -52,14 +52,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to time: by the reference and by the kernels, on the same tensors, all of which require grad."""
+    """Something to time: by the reference and by the kernels, on the same tensors, all of which require grad.
+
+    ``kernels`` has what runs on this package's kernels, by the contender's name in `bench`; ``bind`` gives the
+    reference or one of them its arguments; ``exact`` returns outputs and gradients in float64.
+    """
 
     name: str
     leaves: Mapping[str, Tensor]
     reference: Callable[..., Outputs]  # what torch.compile is given, too
-    fused: Callable[..., Outputs]
-    bind: Callable[[Callable[..., Outputs]], Callable[[], Outputs]]  # gives one of the two its arguments
-    exact: Callable[[Upstream], Rows]  # outputs and gradients in float64
+    kernels: Mapping[str, Callable[..., Outputs]]
+    bind: Callable[[Callable[..., Outputs]], Callable[[], Outputs]]
+    exact: Callable[[Upstream], Rows]
     compute_dtype: torch.dtype
     autocast: bool
     forward_macs: int
@@ -109,7 +113,7 @@ def op_workload(
         name=op,
         leaves=leaves,
         reference=reference,
-        fused=partial(getattr(ops, op), backend=backend),
+        kernels={"fused": partial(getattr(ops, op), backend=backend)},
         bind=lambda function: partial(function, **leaves, **case.kwargs),
         exact=exact,
         compute_dtype=dtype,

@@ -37,14 +37,15 @@ def op_cases(
     """Random contiguous inputs for an op, scaled so that outputs and gradients are of order 1 and none vanishes.
 
     Args:
-        name: one of `inti_kernels.ops.OPS`.
+        name: one of `inti_kernels.ops.OPS`, or "inti".
         dim, frames, grid, batch, prefix: C, T, (H, W), B and the number of prefix tokens.
         dtype, device: of every tensor.
         seed: the same seed gives the same numbers, rounded, in every dtype and on every device.
         position: False leaves the temporal position out (None).
         kernel, temporal_stride: of depthwise_conv3d.
-        hidden: h of interpolation_head, C by default.
-        context: which of interpolation_head's optional inputs are given: "cube", "frame".
+        hidden: h of interpolation_head and inti, C by default.
+        context: which of interpolation_head's optional inputs are given, "cube" and "frame"; which of inti's levels,
+            "cube", "frame" and "global".
 
     Raises:
         ValueError: ``name`` isn't an op.
@@ -67,9 +68,32 @@ def op_cases(
         inputs |= {"frame_context": draw(b, t // 2, c) if "frame" in context else None, "x": x}
         inputs |= {"weight1": draw(h, width, scale=width**-0.5), "bias1": draw(h, scale=0.2)}
         inputs |= {"weight2": draw(2, h, scale=2 * h**-0.5), "bias2": draw(2, scale=0.2)}
+    elif name == "inti":
+        inputs, kwargs = _inti_inputs(draw, x, hidden or c, context), {"grid": tuple(grid), "prefix": prefix}
     else:
         raise ValueError(f"name must be an op of inti_kernels.ops.OPS, got {name!r}")
     return OpCase({**inputs, "position": draw(t, c, scale=0.5) if position else None}, kwargs)
+
+
+def _inti_inputs(draw: Draw, x: Tensor, hidden: int, context: Sequence[str]) -> dict[str, Tensor | None]:
+    c = x.shape[3]
+    half, cube, frame, clip = c // 2, "cube" in context, "frame" in context, "global" in context
+    width = 2 * half + c * bool(context)
+
+    def norm_and_linear(prefix: str, inputs: int, outputs: int, there: bool = True) -> dict[str, Tensor | None]:
+        values = {"norm_weight": draw(inputs, scale=0.2, shift=1.0), "norm_bias": draw(inputs, scale=0.2)}
+        values |= {"weight": draw(outputs, inputs, scale=inputs**-0.5), "bias": draw(outputs, scale=0.2)}
+        return {prefix + name: value if there else None for name, value in values.items()}
+
+    inputs: dict[str, Tensor | None] = {"x": x, **norm_and_linear("", c, half)}
+    inputs["cube_weight"] = draw(c, 1, 3, 3, 3, scale=27**-0.5) if cube else None
+    inputs["cube_bias"] = draw(c, scale=0.5) if cube else None
+    inputs |= norm_and_linear("pair_", c, half, frame) | norm_and_linear("frame_", 2 * half, c, frame)
+    for number in (1, 2, 3):
+        inputs[f"global_weight{number}"] = draw(c, 1, 3) if clip else None
+        inputs[f"global_bias{number}"] = draw(c, scale=0.3) if clip else None
+    inputs |= {"weight1": draw(hidden, width, scale=width**-0.5), "bias1": draw(hidden, scale=0.2)}
+    return inputs | {"weight2": draw(2, hidden, scale=2 * hidden**-0.5), "bias2": draw(2, scale=0.2)}
 
 
 def module_case(

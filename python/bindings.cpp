@@ -115,6 +115,140 @@ void depthwise_conv3d_backward(const std::array<int64_t, 7>& shape, int kernel_s
   call(inti::cpu_kernels().depthwise_conv3d_backward, p);
 }
 
+// shape: (batch, frames, tokens, dim, width, first frame, count); dtypes: of x, the network and the products
+inti::TokenFeaturesShape token_features_shape(const std::array<int64_t, 7>& s, const std::array<std::string, 3>& types,
+                                              int threads) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], dtype(types[0]), dtype(types[1]), dtype(types[2]), threads};
+}
+
+void token_features_normalize(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types, int threads,
+                              Address x, const StrideArray& x_strides, Address position, Address norm_weight,
+                              Address norm_bias, double eps, Address statistics, bool have_statistics,
+                              Address normalized) {
+  inti::TokenFeaturesNormalize p{};
+  p.shape = token_features_shape(shape, types, threads);
+  p.x = pointer(x);
+  p.x_strides = strides(x_strides);
+  p.position = pointer(position);
+  p.norm_weight = pointer(norm_weight);
+  p.norm_bias = pointer(norm_bias);
+  p.eps = eps;
+  p.statistics = pointer(statistics);
+  p.have_statistics = have_statistics;
+  p.normalized = pointer(normalized);
+  call(inti::cpu_kernels().token_features_normalize, p);
+}
+
+void token_features_activation(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
+                               int threads, Address product, Address bias, Address features, Address preactivation) {
+  inti::TokenFeaturesActivation p{};
+  p.shape = token_features_shape(shape, types, threads);
+  p.product = pointer(product);
+  p.bias = pointer(bias);
+  p.features = pointer(features);
+  p.preactivation = pointer(preactivation);
+  call(inti::cpu_kernels().token_features_activation, p);
+}
+
+void token_features_activation_backward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
+                                        int threads, Address grad_features, int64_t grad_features_pitch,
+                                        Address preactivation, Address grad_preactivation, Address partials) {
+  inti::TokenFeaturesActivationBackward p{};
+  p.shape = token_features_shape(shape, types, threads);
+  p.grad_features = pointer(grad_features);
+  p.grad_features_pitch = grad_features_pitch;
+  p.preactivation = pointer(preactivation);
+  p.grad_preactivation = pointer(grad_preactivation);
+  p.partials = pointer(partials);
+  call(inti::cpu_kernels().token_features_activation_backward, p);
+}
+
+void token_features_norm_backward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
+                                  int threads, Address x, const StrideArray& x_strides, Address position,
+                                  Address norm_weight, Address statistics, Address grad_normalized, Address grad_x,
+                                  bool accumulate, Address partials) {
+  inti::TokenFeaturesNormBackward p{};
+  p.shape = token_features_shape(shape, types, threads);
+  p.x = pointer(x);
+  p.x_strides = strides(x_strides);
+  p.position = pointer(position);
+  p.norm_weight = pointer(norm_weight);
+  p.statistics = pointer(statistics);
+  p.grad_normalized = pointer(grad_normalized);
+  p.grad_x = pointer(grad_x);
+  p.accumulate = accumulate;
+  p.partials = pointer(partials);
+  call(inti::cpu_kernels().token_features_norm_backward, p);
+}
+
+// shape: (batch, frames, tokens, dim, hidden, first pair of frames, count); dtypes: of x, the network and the products
+inti::InterpolationHeadShape interpolation_head_shape(const std::array<int64_t, 7>& s,
+                                                      const std::array<std::string, 3>& types, int threads) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], dtype(types[0]), dtype(types[1]), dtype(types[2]), threads};
+}
+
+void interpolation_head_forward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
+                                int threads, Address product, Address frame_bias, int64_t frame_bias_pitch,
+                                Address weight2, double bias2, Address x, const StrideArray& x_strides,
+                                Address position, Address preactivation, Address z, Address weights,
+                                Address difference) {
+  inti::InterpolationHeadForward p{};
+  p.shape = interpolation_head_shape(shape, types, threads);
+  p.product = pointer(product);
+  p.frame_bias = pointer(frame_bias);
+  p.frame_bias_pitch = frame_bias_pitch;
+  p.weight2 = pointer(weight2);
+  p.bias2 = bias2;
+  p.x = pointer(x);
+  p.x_strides = strides(x_strides);
+  p.position = pointer(position);
+  p.preactivation = pointer(preactivation);
+  p.z = pointer(z);
+  p.weights = pointer(weights);
+  p.difference = pointer(difference);
+  call(inti::cpu_kernels().interpolation_head_forward, p);
+}
+
+void interpolation_head_backward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
+                                 int threads, Address x, const StrideArray& x_strides, Address position,
+                                 Address difference, Address grad_z, const StrideArray& grad_z_strides,
+                                 Address grad_weights, Address preactivation, Address weight2, Address grad_x,
+                                 bool accumulate, Address position_partials, Address grad_difference,
+                                 Address grad_hidden, Address hidden_partials) {
+  inti::InterpolationHeadBackward p{};
+  p.shape = interpolation_head_shape(shape, types, threads);
+  p.x = pointer(x);
+  p.x_strides = strides(x_strides);
+  p.position = pointer(position);
+  p.difference = pointer(difference);
+  p.grad_z = pointer(grad_z);
+  p.grad_z_strides = strides(grad_z_strides);
+  p.grad_weights = pointer(grad_weights);
+  p.preactivation = pointer(preactivation);
+  p.weight2 = pointer(weight2);
+  p.grad_x = pointer(grad_x);
+  p.accumulate = accumulate;
+  p.position_partials = pointer(position_partials);
+  p.grad_difference = pointer(grad_difference);
+  p.grad_hidden = pointer(grad_hidden);
+  p.hidden_partials = pointer(hidden_partials);
+  call(inti::cpu_kernels().interpolation_head_backward, p);
+}
+
+// shape: (count, terms, columns)
+void partial_sums(const std::array<int64_t, 3>& shape, const std::string& type, int threads, Address partials,
+                  Address sums) {
+  inti::PartialSums p{};
+  p.count = shape[0];
+  p.terms = shape[1];
+  p.columns = shape[2];
+  p.dtype = dtype(type);
+  p.partials = pointer(partials);
+  p.sums = pointer(sums);
+  p.threads = threads;
+  call(inti::cpu_kernels().partial_sums, p);
+}
+
 py::dict build_info() {
   return py::dict("version"_a = INTI_VERSION, "compiler"_a = INTI_COMPILER, "flags"_a = INTI_CXX_FLAGS,
                   "cpu_isas"_a = INTI_CPU_ISAS, "openmp"_a = bool(INTI_OPENMP), "cuda_archs"_a = INTI_CUDA_ARCHS);
@@ -142,4 +276,26 @@ PYBIND11_MODULE(_native, m) {
   m.def("depthwise_conv3d_backward", &depthwise_conv3d_backward, py::kw_only(), "shape"_a, "kernel_space"_a, "dtype"_a,
         "threads"_a, "x"_a, "x_strides"_a, "weight"_a, "position"_a, "grad_y"_a, "grad_y_strides"_a, "grad_x"_a,
         "accumulate"_a, "grad_position"_a, "position_partials"_a, "grad_weight"_a, "weight_partials"_a);
+
+  m.def("token_blocks", &inti::token_blocks, "tokens"_a);
+  m.def("partial_sums", &partial_sums, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "partials"_a, "sums"_a);
+  m.def("token_features_normalize", &token_features_normalize, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a, "x"_a,
+        "x_strides"_a, "position"_a, "norm_weight"_a, "norm_bias"_a, "eps"_a, "statistics"_a, "have_statistics"_a,
+        "normalized"_a);
+  m.def("token_features_activation", &token_features_activation, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a,
+        "product"_a, "bias"_a, "features"_a, "preactivation"_a);
+  m.def("token_features_activation_backward", &token_features_activation_backward, py::kw_only(), "shape"_a, "dtypes"_a,
+        "threads"_a, "grad_features"_a, "grad_features_pitch"_a, "preactivation"_a, "grad_preactivation"_a,
+        "partials"_a);
+  m.def("token_features_norm_backward", &token_features_norm_backward, py::kw_only(), "shape"_a, "dtypes"_a,
+        "threads"_a, "x"_a, "x_strides"_a, "position"_a, "norm_weight"_a, "statistics"_a, "grad_normalized"_a,
+        "grad_x"_a, "accumulate"_a, "partials"_a);
+
+  m.def("interpolation_head_forward", &interpolation_head_forward, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a,
+        "product"_a, "frame_bias"_a, "frame_bias_pitch"_a, "weight2"_a, "bias2"_a, "x"_a, "x_strides"_a, "position"_a,
+        "preactivation"_a, "z"_a, "weights"_a, "difference"_a);
+  m.def("interpolation_head_backward", &interpolation_head_backward, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a,
+        "x"_a, "x_strides"_a, "position"_a, "difference"_a, "grad_z"_a, "grad_z_strides"_a, "grad_weights"_a,
+        "preactivation"_a, "weight2"_a, "grad_x"_a, "accumulate"_a, "position_partials"_a, "grad_difference"_a,
+        "grad_hidden"_a, "hidden_partials"_a);
 }

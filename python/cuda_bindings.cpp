@@ -18,6 +18,7 @@
 #include "inti/cuda/depthwise_conv3d.h"
 #include "inti/cuda/interpolation_head.h"
 #include "inti/cuda/pair_interpolate.h"
+#include "inti/cuda/partial_sums.h"
 #include "inti/cuda/token_features.h"
 
 #ifdef INTI_EMULATED
@@ -76,6 +77,7 @@ void convert(py::handle from, const void*& to) { to = reinterpret_cast<const voi
 void convert(py::handle from, void*& to) { to = reinterpret_cast<void*>(from.cast<uintptr_t>()); }
 void convert(py::handle from, bool& to) { to = from.cast<bool>(); }
 void convert(py::handle from, double& to) { to = from.cast<double>(); }
+void convert(py::handle from, int64_t& to) { to = from.cast<int64_t>(); }
 void convert(py::handle from, inti::Strides& to) {
   const auto s = from.cast<std::array<int64_t, 3>>();
   to = {s[0], s[1], s[2]};
@@ -201,11 +203,18 @@ void define_token_features(py::module_& m) {
   define<BackwardActivation>(m, "token_features_backward_activation", &token_features_backward_activation,
                              {{"shape", &set<&BackwardActivation::shape>},
                               {"grad_features", &set<&BackwardActivation::grad_features>},
+                              {"grad_features_pitch", &set<&BackwardActivation::grad_features_pitch>},
                               {"preactivation", &set<&BackwardActivation::preactivation>},
                               {"grad_preactivation", &set<&BackwardActivation::grad_preactivation>},
                               {"grad_bias", &set<&BackwardActivation::grad_bias>},
                               {"partials", &set<&BackwardActivation::partials>},
                               {"stream", &set<&BackwardActivation::stream>}});
+  using Activation = TokenFeaturesActivation;
+  define<Activation>(m, "token_features_activation", &token_features_activation,
+                     {{"shape", &set<&Activation::shape>},
+                      {"preactivation", &set<&Activation::preactivation>},
+                      {"features", &set<&Activation::features>},
+                      {"stream", &set<&Activation::stream>}});
   using Normalize = TokenFeaturesNormalize;
   define<Normalize>(m, "token_features_normalize", &token_features_normalize,
                     {{"shape", &set<&Normalize::shape>},
@@ -232,7 +241,8 @@ void define_token_features(py::module_& m) {
                         {"grad_norm_weight", &set<&BackwardNorm::grad_norm_weight>},
                         {"grad_norm_bias", &set<&BackwardNorm::grad_norm_bias>},
                         {"grad_position", &set<&BackwardNorm::grad_position>},
-                        {"partials", &set<&BackwardNorm::partials>},
+                        {"norm_partials", &set<&BackwardNorm::norm_partials>},
+                        {"position_partials", &set<&BackwardNorm::position_partials>},
                         {"stream", &set<&BackwardNorm::stream>}});
 }
 
@@ -273,11 +283,54 @@ void define_interpolation_head(py::module_& m) {
                     {"grad_position", &set<&Backward::grad_position>},
                     {"position_partials", &set<&Backward::position_partials>},
                     {"grad_difference", &set<&Backward::grad_difference>},
+                    {"grad_bias2", &set<&Backward::grad_bias2>},
                     {"grad_preactivation", &set<&Backward::grad_preactivation>},
                     {"grad_frame_bias", &set<&Backward::grad_frame_bias>},
+                    {"grad_bias1", &set<&Backward::grad_bias1>},
+                    {"frame_partials", &set<&Backward::frame_partials>},
                     {"grad_weight2", &set<&Backward::grad_weight2>},
-                    {"hidden_partials", &set<&Backward::hidden_partials>},
+                    {"weight2_partials", &set<&Backward::weight2_partials>},
                     {"stream", &set<&Backward::stream>}});
+  using Preactivation = InterpolationHeadPreactivation;
+  define<Preactivation>(m, "interpolation_head_preactivation", &interpolation_head_preactivation,
+                        {{"shape", &set<&Preactivation::shape>},
+                         {"features", &set<&Preactivation::features>},
+                         {"cube", &set<&Preactivation::cube>},
+                         {"frame_bias", &set<&Preactivation::frame_bias>},
+                         {"weight1", &set<&Preactivation::weight1>},
+                         {"bias1", &set<&Preactivation::bias1>},
+                         {"preactivation", &set<&Preactivation::preactivation>},
+                         {"stream", &set<&Preactivation::stream>}});
+}
+
+void define_partial_sums(py::module_& m) {
+  m.def(
+      "partial_sums",
+      [](const py::list& sums, const std::string& of, uintptr_t stream) {
+        if (sums.size() > kMostPartialSums) throw py::value_error("partial_sums takes up to 16 sums");
+        PartialSums params{};
+        params.dtype = dtype(of);
+        params.stream = reinterpret_cast<void*>(stream);
+        for (const py::handle sum : sums) {
+          const auto s = sum.cast<py::tuple>();
+          if (s.size() != 10) throw py::type_error("a sum has ten members");
+          PartialSum& to = params.sums[params.count++];
+          convert(s[0], to.partials);
+          convert(s[1], to.rows);
+          convert(s[2], to.pitch);
+          convert(s[3], to.columns);
+          convert(s[4], to.run);
+          convert(s[5], to.run_pitch);
+          convert(s[6], to.to);
+          to.dtype = dtype(s[7].cast<std::string>());
+          convert(s[8], to.negated);
+          convert(s[9], to.goes_on);
+        }
+        py::gil_scoped_release release;
+        partial_sums(params);
+      },
+      "sums"_a, "dtype"_a, "stream"_a, "sums: tuples of PartialSum's members in their order, dtypes by name.");
+  m.attr("MOST_PARTIAL_SUMS") = kMostPartialSums;
 }
 
 #ifdef INTI_EMULATED
@@ -311,8 +364,8 @@ void define_emulator(py::module_& m) {
   m.def("start_recording", &inti::emulator::start_recording, "From here on every launch is counted.");
   m.def(
       "stop_recording", &stop_recording,
-      "A dict a launch. traffic: (sectors, written) of each block, in the order of first touch, as bytes of uint64 and "
-      "of bool; global_loads and _stores: accesses of 2, 4, 8 and 16 bytes; shared_loads and _stores: accesses of "
+      "A dict a launch. traffic: (sectors, written) of each block, in the order of first touch between two barriers, as "
+      "bytes of uint64 and of bool; global_loads and _stores: accesses of 2, 4, 8 and 16 bytes; shared_loads and _stores: accesses of "
       "warps, their wavefronts without bank conflicts, and as they are.");
   m.def("set_seed", &inti::emulator::set_seed, "seed"_a, "Shuffles the order of threads.");
   m.def("set_compute_capability", &inti::emulator::set_compute_capability, "capability"_a, "70 for 7.0.");
@@ -357,6 +410,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "interpolation_head_tiles",
       [](const py::tuple& s) { return interpolation_head_tiles(shape<InterpolationHeadShape>(s)); }, "shape"_a);
+  define_partial_sums(m);
 #ifdef INTI_EMULATED
   define_emulator(m);
 #endif

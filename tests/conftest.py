@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from op_subject import EMULATED, INTERPRETED, UNDER_TEST
 
-from inti_kernels.backends import _arguments, _memory, cpu, cuda, native
+from inti_kernels.backends import _arguments, _memory, cpu, cuda, native, triton
 from inti_kernels.ops import OPS
 
 # `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
@@ -27,17 +27,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 collect_ignore = [
     *([] if INTERPRETED else ["test_triton_interpreted.py"]),
-    *([] if EMULATED else ["test_cuda_emulated.py"]),
+    *([] if EMULATED else ["test_cuda_emulated.py", "test_cuda_launches.py"]),
 ]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "only_under_test(backend): left out where another backend is under test")
+    config.addinivalue_line("markers", "only_under_test(*backends): left out where another backend is under test")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def belongs(item: pytest.Item) -> bool:
-        return all(mark.args[0] == UNDER_TEST for mark in item.iter_markers("only_under_test"))
+        return all(UNDER_TEST in mark.args for mark in item.iter_markers("only_under_test"))
 
     config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
     items[:] = filter(belongs, items)
@@ -50,13 +50,12 @@ def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty_of_nan(shape, like, dtype=None):  # type: ignore[no-untyped-def]
         return torch.full(tuple(shape), float("nan"), dtype=dtype or like.dtype, device=like.device)
 
-    modules = [_memory, _arguments, cpu]
+    modules = [_memory, _arguments, import_module(f"{cpu.__name__}._call")]
+    modules += [import_module(f"{cpu.__name__}.{op}") for op in OPS]
     if INTERPRETED:
-        from inti_kernels.backends.triton import _launch, depthwise_conv3d, pair_interpolate
-
-        modules += [_launch, depthwise_conv3d, pair_interpolate]
+        modules += [import_module(f"{triton.__name__}.{name}") for name in ("_launch", *OPS)]
     if EMULATED:
-        modules += [import_module(f"{cuda.__name__}.{op}") for op in OPS]
+        modules += [import_module(f"{cuda.__name__}.{name}") for name in ("_launch", *OPS)]
     for module in modules:
         monkeypatch.setattr(module, "empty", empty_of_nan)
 

@@ -54,6 +54,9 @@ MUTANTS = {
         ("the second logit's gradient has the wrong sign", "= -p.grad_logits[2 * out];", "= p.grad_logits[2 * out];"),
         ("half of the partial sums start as garbage", "c < 2 * dim; ++c) partial[c] = 0", "c < dim; ++c) partial[c] = 0"),
         ("the last chunk's partial sum is dropped", "i < rows; ++i)", "i < rows - 1; ++i)"),
+    )
+    + _mutants(
+        "csrc/cpu/rows.h",
         ("a lone last channel is skipped", "rest > 0)", "rest > 1)"),
         ("the batch stride is ignored", "batch * strides.batch + frame", "frame"),
     ),
@@ -84,6 +87,42 @@ MUTANTS = {
         ("the bias's gradient misses a column", "for (int i = 0; i < tile.columns; ++i) sum +=", "for (int i = 1; i < tile.columns; ++i) sum +="),
         ("the ring's row is another one", "slots[(r + Rows) % Rows]", "slots[(r + Rows + 1) % Rows]"),
         ("a prefix token is left unwritten", "k < shape.prefix; ++k)", "k < shape.prefix - 1; ++k)"),
+    ),
+    "token_features": _mutants(
+        "csrc/cpu/token_features.cpp",
+        ("the padding of a last vector counts as a channel", "inside<A>(load, frame.at(k, c, load) - mean)", "(frame.at(k, c, load) - mean)"),
+        ("eps is forgotten", "double(variance) + eps", "double(variance)"),
+        ("the position is forgotten", "return position ? v + load(position + c) : v;", "return v;"),
+        ("the frames of a pair change places", "+ frame % 2 * shape.width", "+ (1 - frame % 2) * shape.width"),
+        ("the slope is the value", "gelu<A>(load(kept + c)).slope", "gelu<A>(load(kept + c)).value"),
+        ("the gradient's mean stays", "(g - mean_g - y * mean_gy)", "(g - y * mean_gy)"),
+        ("the buffer is overwritten", "p.accumulate ? load(grad_x + c) + grad : grad", "grad"),
+        ("the norm's bias sums what its weight does", "store(sums + dim + c, load(sums + dim + c) + of_row);", "store(sums + dim + c, load(sums + dim + c) + of_row * y);"),
+    )
+    + _mutants(
+        "csrc/cpu/partial_sums.cpp",
+        ("the last partial sum is dropped", "k < p.terms; ++k", "k < p.terms - 1; ++k"),
+    )
+    + _mutants(
+        "csrc/cpu/rows.h",
+        ("a block ends a token early", "begin + kTokensOfBlock : tokens", "begin + kTokensOfBlock - 1 : tokens"),
+    )
+    + _mutants(
+        "csrc/cpu/gelu.h",
+        ("the tail is cut off at 1", "t > 13.0f", "t > 1.0f"),
+        ("the small part of the square is lost", "-0.5f * (t - high) * (t + high)", "-0.0f * (t - high) * (t + high)"),
+    ),
+    "interpolation_head": _mutants(
+        "csrc/cpu/interpolation_head.cpp",
+        ("small weights lose their digits", "second = 1 / (1 + std::exp(difference)) + nan_or_0;", "second = 1 - first;"),
+        ("infinity is a weight", "nan_or_0 = 0 * difference", "nan_or_0 = 0"),
+        ("the second bias is forgotten", "sum_lanes<A>(sum) + A(p.bias2)", "sum_lanes<A>(sum)"),
+        ("another frame's bias", "frame * p.frame_bias_pitch", "0 * p.frame_bias_pitch"),
+        ("the second frame has the first one's position", "v1 += load(position + dim + c);", "v1 += load(position + c);"),
+        ("the weights' own gradient is dropped", "+ Two<N>::difference(p.grad_weights, at.row)", ""),
+        ("stale memory is added to", "store(grad_x1 + c, p.accumulate ? load(grad_x1 + c) + grad1 : grad1);", "store(grad_x1 + c, load(grad_x1 + c) + grad1);"),
+        ("half of the partial sums start as garbage", "c < 2 * columns; ++c) sums[c] = 0", "c < columns; ++c) sums[c] = 0"),
+        ("weight2's sums are the slope's", "upstream * gelu_at.value", "upstream * gelu_at.slope"),
     ),
     "triton pair_interpolate": _mutants(
         "inti_kernels/backends/triton/pair_interpolate.py",
@@ -148,7 +187,10 @@ MUTANTS = {
     )
     + _mutants(
         "csrc/cuda/partial_sums.h",
-        ("the last partial sums are dropped", "for (; k < count; k += kSumGroups, at += step) sums[0]", "for (; k < count - 1; k += kSumGroups, at += step) sums[0]"),
+        ("the last partial sums are dropped", "for (; k < p.rows; k += groups, at += step) sums[0]", "for (; k < p.rows - 1; k += groups, at += step) sums[0]"),
+        ("a run's columns are the next one's", "column / p.run * p.run_pitch + column % p.run", "column"),
+        ("a sum that goes on is a sum of its own", "    while (p.sums[which].goes_on) ++which;\n", ""),
+        ("few columns are summed by a warp alone", "for (int n = 0; n < groups; ++n) sum += load(shared", "for (int n = 0; n < 8; ++n) sum += load(shared"),
     ),
     "cuda depthwise_conv3d": _mutants(
         "csrc/cuda/depthwise_conv3d_tile.h",
@@ -187,8 +229,20 @@ MUTANTS = {
     + _mutants(
         "csrc/cuda/token_features.cu",
         ("the frames of a pair change places", "(2 * pair + place.frame % 2) * columns", "(2 * pair + 1 - place.frame % 2) * columns"),
-        ("eps is forgotten", "moments.variance() + p.eps", "moments.variance()"),
+        ("eps is forgotten", "moments[i].variance() + p.eps", "moments[i].variance()"),
+        ("only the first rows' statistics are kept", "blockIdx.x % p.column_tiles == 0)", "blockIdx.x == 0)"),
         ("the position is not normalised with its token", "run[k] + late.position[i][k] - mean[i]", "run[k] - mean[i]"),
+    )
+    + _mutants(
+        "csrc/cuda/token_features_activation.h",
+        ("the frames of a pair change places", "(2 * pair + tile.frame % 2) * p.width", "(2 * pair + 1 - tile.frame % 2) * p.width"),
+    )
+    + _mutants(
+        "csrc/cuda/token_features_backward.h",
+        ("the gradient's rows lie side by side", "p.grad_features + pair * p.grad_pitch", "p.grad_features + pair * 2 * p.width"),
+        ("rows are read before all of them are there", "kept, first_column);\n    __syncthreads();", "kept, first_column);"),
+        ("rows are overwritten while they are read", "    __syncthreads();  // before others' rows", "    // before others' rows"),
+        ("all blocks of a wide row have its first columns", "const int first_column = tile.columns * p.slab", "const int first_column = 0 * p.slab"),
     ),
     "cuda interpolation_head": _mutants(
         "csrc/cuda/interpolation_head.cu",
@@ -196,8 +250,11 @@ MUTANTS = {
         ("another frame's bias", "frame_bias + static_cast<int64_t>(row / tokens) * columns", "frame_bias + static_cast<int64_t>(0) * columns"),
         ("the second bias is forgotten", "read<W>(bias2, dtype, 0) - read<W>(bias2, dtype, 1)", "read<W>(bias2, dtype, 0)"),
         ("the last partial difference is dropped", "for (int i = 0; i < count; ++i) sum += load(partials", "for (int i = 0; i < count - 1; ++i) sum += load(partials"),
-        ("the second row's gradient has the wrong sign", "write(to, dtype, hidden + i, -sum);", "write(to, dtype, hidden + i, sum);"),
         ("small weights lose their digits", "second(1 / (1 + exponential(logits)))", "second(1 - 1 / (1 + exponential(-logits)))"),
+    )
+    + _mutants(
+        "csrc/cuda/partial_sums.h",
+        ("the second row's gradient has the wrong sign", "p.sums[which].negated ? -sum : sum", "sum"),
     )
     + _mutants(
         "csrc/cuda/column_sums.h",
@@ -217,11 +274,13 @@ MUTANTS = {
 
 # What catches them: test files, and what of them is left out. Of a suite that isn't here: tests/test_<suite>.py.
 TESTS = {
+    "token_features": ["tests/test_token_features.py", "tests/test_cpu.py"],
+    "interpolation_head": ["tests/test_interpolation_head.py", "tests/test_cpu.py"],
     "triton pair_interpolate": ["tests/test_pair_interpolate.py", "tests/test_triton_interpreted.py"],
     "triton depthwise_conv3d": ["tests/test_depthwise_conv3d.py", "tests/test_triton_interpreted.py"],
     "triton": ["tests/test_triton_interpreted.py"],
 } | {
-    f"cuda {op}": [f"tests/test_{op}.py", "tests/test_cuda_emulated.py"]
+    f"cuda {op}": [f"tests/test_{op}.py", "tests/test_cuda_emulated.py", "tests/test_cuda_launches.py"]
     for op in ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head")
 }
 SLOW = "not compile and not opcheck and not export"  # a compiler is what they wait for

@@ -54,7 +54,8 @@ class Subject:
         names = [name for name, value in inputs.items() if value is not None]
 
         def run(*values: Tensor, backend: str | None = self.backend) -> Any:
-            return getattr(ops, self.name)(**dict(zip(names, values, strict=True)), **kwargs, backend=backend)
+            given = {**dict.fromkeys(inputs), **dict(zip(names, values, strict=True))}
+            return getattr(ops, self.name)(**given, **kwargs, backend=backend)
 
         return [inputs[name].requires_grad_() for name in names], run
 

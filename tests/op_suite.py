@@ -28,13 +28,16 @@ from op_pytorch import (
 )
 from op_subject import EMULATED, UNDER_TEST, Subject, as_tuple, assert_same_bits, gradients, layouts, loss
 
-from inti_kernels import backends, ops, reference
+from inti_kernels import backends, ops
+from inti_kernels.reference import functional
 from inti_kernels.testing import OpCase, assert_close_three_way, three_way
 
-# For ops that are a plain PyTorch expression but for the CUDA kernels: what is of the others, and of these. The rest of
-# a run has no such tests (conftest.py), instead of skipping them.
+# What is of the recipe, one for all backends, or of the cpu backend; and what is of CUDA. The rest of a run has no such
+# tests (conftest.py), instead of skipping them.
 plain_only = pytest.mark.only_under_test("cpu")
 kernels_only = pytest.mark.only_under_test("cuda")
+# What Triton's interpreter, where a load takes milliseconds, has in fewer cases elsewhere.
+compiled_only = pytest.mark.only_under_test("cpu", "cuda")
 
 
 def sizes(compiled: Any, interpreted: Any, emulated: Any = None) -> Any:
@@ -66,7 +69,7 @@ def runs_where_it_says(subject: Subject) -> None:
 def reference_backend_is_the_reference(subject: Subject) -> None:
     """Explicitly, and as what `auto` falls back to inside the op."""
     inputs, kwargs = subject.case()
-    expected = getattr(reference, subject.name)(**inputs, **kwargs)
+    expected = getattr(functional, subject.name)(**inputs, **kwargs)
     assert_same_bits(getattr(ops, subject.name)(**inputs, **kwargs, backend="reference"), expected)
     case = subject.case()
     args = subject.custom_op_args(case, "reference")
@@ -321,16 +324,10 @@ RECIPE_CHECKS = (
     bad_input,
 )
 CHECKS = KERNEL_CHECKS if UNDER_TEST != "cpu" else KERNEL_CHECKS + RECIPE_CHECKS
-# Of an op that has a recipe on the cuda backend only; products of torch's are of a fixed number of threads, and the
-# op's own test has what it does under autocast.
-CUDA_CHECKS = KERNEL_CHECKS + (
-    reference_backend_is_the_reference,
-    export,
-    func_grad,
-    further_derivatives_raise,
-    compiled_transforms_are_right_or_raise,
-    checkpointed_with_create_graph,
-    two_python_threads,
+# Of an op whose matrix products are torch's, whose bits are those of a number of threads; the op's own test has what it
+# does under autocast.
+PRODUCT_CHECKS = tuple(
+    check for check in CHECKS if check not in (autocast_changes_nothing, same_bits_at_any_thread_count, bad_input)
 )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from inti_kernels import backends, ops
 from inti_kernels.__main__ import COMMANDS, main
-from inti_kernels.cli import _environment, _stopwatch, _tables, _timing, bench, check
+from inti_kernels.cli import _environment, _stopwatch, _sweep, _tables, _timing, bench, check
 
 
 def run(*arguments: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -274,7 +274,7 @@ def test_bench_rows_carry_everything(tmp_path, capsys):
             assert row["rounds"] == 2
             if row["contender"] != "floor":
                 assert row["gb_per_s"] == pytest.approx(row["least_bytes"] / row["ms_50"] / 1e6)
-    assert [row for row in rows if row["contender"] == "floor"]
+    assert {row["contender"] for row in rows if row["op"] == "inti"} == {"eager", "fused", "recompute", "floor"}
     assert all((row["over_floor"] is not None) == (row["op"] == "inti") for row in rows)
     out = capsys.readouterr().out
     assert "/ floor" in out
@@ -370,6 +370,98 @@ def test_bench_counts_traffic_and_times_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "through 6 MiB L2" in out
     assert " ms " not in out
+
+
+def test_bench_sweeps_the_module(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    status, rows = benchmark(tmp_path, "--sweep", "--plot", str(tmp_path / "sweep.png"))
+    assert status == 0
+    forward = [row for row in rows if row["mode"] == "forward"]
+    swept = [
+        (row["batch"], row["frames"], row["grid"], row["tokens"]) for row in forward if row["contender"] == "fused"
+    ]
+    assert swept == [
+        (1, 2, [3, 2], 14),
+        (1, 4, [3, 2], 28),
+        (1, 8, [3, 2], 56),
+        (1, 4, [6, 2], 52),
+        (2, 4, [3, 2], 56),
+        (4, 4, [3, 2], 112),
+    ]
+    assert {row["contender"] for row in rows} == {"fused", "floor"}
+    assert all(row["status"] == "ok" and row["ms_50"] > 0 and row["speedup_eager"] is None for row in rows)
+    out = capsys.readouterr().out
+    assert "ms / 1000 tokens" in out
+    assert out.count("through the origin, R² ") == 4
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_through_the_origin():
+    line = _sweep.fit([1, 2, 4], [3.0, 6.0, 12.0])
+    assert (line.slope, line.r_squared, line.worst) == pytest.approx((3, 1, 0))
+    # A quadratic, and what doesn't grow at all, are far from it.
+    assert _sweep.fit([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0]).r_squared < 0.95
+    assert _sweep.fit([1, 2, 4, 8], [5.0, 5.1, 4.9, 5.0]).r_squared < 0
+
+
+def test_no_line_through_sizes_that_were_not_timed():
+    rows = [{"mode": "forward", "contender": "fused", "tokens": n, "ms_50": n if n > 1 else None} for n in (1, 2, 3)]
+    rows += [{"mode": "forward", "contender": "floor", "tokens": n, "ms_50": n} for n in (1, 2, 3)]
+    assert list(_sweep.lines(rows)) == [("forward", "floor")]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_of_a_whole_model(tmp_path, capsys, monkeypatch, dtype):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "TOWER", "vit_tiny")
+    path = tmp_path / "model.json"
+    assert main(["bench", "--op", "model", "--repeats", "2", "--dtype", dtype, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    names = [(row["mode"], row["contender"]) for row in rows]
+    assert names == list(itertools.product(("inference", "training step"), ("Naive", "InTI", "FusedInTI", "mean")))
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["rounds"] == 2
+        assert row["ms_20"] <= row["ms_50"] <= row["ms_80"]
+        naive = next(r for r in rows if (r["mode"], r["contender"]) == (row["mode"], "Naive"))
+        assert row["over_naive"] == pytest.approx(row["ms_50"] / naive["ms_50"])
+        assert row["executed"] == ("cpu" if row["contender"] == "FusedInTI" else "torch")
+    # After blocks 1 and 2 of 4 half and a quarter of the frames are left; the patches' embedding is a little more.
+    macs = {row["contender"]: row["macs"] for row in rows}
+    assert macs["mean"] < macs["InTI"] == macs["FusedInTI"] < macs["Naive"]
+    assert macs["mean"] / macs["Naive"] == pytest.approx((1 + 1 / 2 + 2 / 4) / 4, abs=0.02)
+    captured = capsys.readouterr()
+    assert "÷ Naive" in captured.out
+    assert "The matrix products of this run take" in captured.err
+
+
+@needs_kernels
+def test_bench_times_no_model_with_a_kernel_that_is_wrong(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "TOWER", "vit_tiny")
+    right = ops.inti
+    monkeypatch.setattr(ops, "inti", lambda *args, **kwargs: tuple(1.01 * out for out in right(*args, **kwargs)))
+    path = tmp_path / "model.json"
+    assert main(["bench", "--op", "model", "--repeats", "1", "--json", str(path)]) == 1
+    for row in json.loads(path.read_text())["rows"]:
+        assert (row["ms_50"] is None) == (row["status"] == "FAIL") == (row["contender"] == "FusedInTI")
+    assert "out 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "model", "--dim", "8", "--batch", "2"], "leave out --dim, --batch"),
+        (["--op", "token_features", "--sweep"], "--sweep is of the module"),
+        (["--op", "model", "--traffic"], "--traffic counts at one size"),
+        (["--sweep", "--traffic"], "--traffic counts at one size"),
+    ],
+    ids=str,
+)
+def test_bench_says_what_does_not_go_together(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])

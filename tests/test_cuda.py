@@ -21,6 +21,8 @@ from inti_kernels.cli import _environment, _traffic, check
 from inti_kernels.testing import op_cases
 
 CUDA = torch.device("cuda", 0)
+# Tokens on a GPU, as far as the choice of a backend looks at them.
+ON_GPU = SimpleNamespace(device=CUDA, dtype=torch.float16)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -185,42 +187,43 @@ def both_can(monkeypatch: pytest.MonkeyPatch) -> None:
     [((7, 0), "cuda"), ((7, 5), "cuda"), ((8, 0), "triton"), ((9, 0), "triton"), ((12, 0), "triton")],
     ids=str,
 )
-def test_auto_prefers_cuda_on_volta_and_turing_and_triton_on_later_gpus(gpu, both_can, monkeypatch, capability, first):
+def test_auto_prefers_cuda_on_volta_and_turing_and_triton_on_later_gpus(gpu, both_can, capability, first):
     gpu(capability)
-    on_gpu = backends._Like(CUDA, torch.float16)
-    for op in ("pair_interpolate", "depthwise_conv3d"):
-        order = backends._in_order(op, CUDA)
-        assert set(order) == set(backends.HAS_KERNEL[op])
-        assert backends._first_that_can(op, order, on_gpu) == first
+    for op in (*ops.OPS, "inti"):
+        assert set(backends._in_order(op, CUDA)) == set(backends.HAS_KERNEL[op])
+        assert backends.settle(op, "auto", ON_GPU) == first
+
+
+def test_from_ampere_on_auto_leaves_products_to_cublas_rather_than_to_the_cuda_kernels(gpu, both_can, monkeypatch):
+    gpu((8, 0))
+    monkeypatch.setattr(triton, "why_not", lambda device, dtype: ["Triton is not installed."])
     monkeypatch.setattr(backends, "_noted", set())
-    for op in ("token_features", "interpolation_head"):
-        if first == "cuda":
-            assert backends._auto(op, CUDA, torch.float16) == "cuda"
-            continue
+    for op in ("token_features", "interpolation_head", "inti"):
         with pytest.warns(UserWarning, match=f"{op} runs as plain PyTorch.*made for the tensor cores of V100 and T4"):
-            assert backends._auto(op, CUDA, torch.float16) == "reference"
+            assert backends.settle(op, "auto", ON_GPU) == "reference"
+    assert backends.settle("pair_interpolate", "auto", ON_GPU) == "cuda"
 
 
-def test_where_cuda_was_not_built_auto_takes_triton_and_plain_pytorch_once_said(gpu, monkeypatch):
+def test_where_nothing_can_run_auto_takes_plain_pytorch_once_said(gpu, monkeypatch):
     gpu((7, 0))
     monkeypatch.setattr(cuda, "why_not", lambda device, dtype: ["it was never built."])
     monkeypatch.setattr(triton, "why_not", lambda device, dtype: [])
-    on_gpu = backends._Like(CUDA, torch.float16)
-    order = backends._in_order("depthwise_conv3d", CUDA)
-    assert backends._first_that_can("depthwise_conv3d", order, on_gpu) == "triton"
+    assert backends.settle("depthwise_conv3d", "auto", ON_GPU) == "triton"
+    monkeypatch.setattr(backends, "_usable", {})
+    monkeypatch.setattr(triton, "why_not", lambda device, dtype: ["Triton is not installed."])
     with pytest.warns(UserWarning, match="token_features runs as plain PyTorch.*it was never built"):
-        assert backends._auto("token_features", CUDA, torch.float16) == "reference"
+        assert backends.settle("token_features", "auto", ON_GPU) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends._auto("token_features", CUDA, torch.float16) == "reference"
+        assert backends.settle("token_features", "auto", ON_GPU) == "reference"
 
 
 def test_auto_never_takes_the_emulator(built):
     built(emulated=True)
     assert backends.why_not("cuda", "token_features") == []
     x = torch.randn(1, 2, 3, 4)
-    assert not backends.runs_kernel("token_features", "auto", x)
-    assert backends.runs_kernel("token_features", "cuda", x)
+    assert backends.settle("token_features", "auto", x) == "cpu"
+    assert backends.settle("token_features", "cuda", x) == "cuda"
     assert backends._first_that_can("pair_interpolate", ("cuda", "cpu"), x) == "cpu"
     with pytest.warns(UserWarning, match="the emulator of CUDA is for tests, and runs where it is asked for only"):
         assert backends._first_that_can("pair_interpolate", ("cuda",), x) == "reference"
@@ -233,26 +236,6 @@ def test_asked_for_where_it_cannot_run_it_raises_with_the_reasons(missing):
             getattr(ops, op)(**inputs, **kwargs, backend="cuda")
     with pytest.raises(RuntimeError, match="can't run on backend='cuda'"):
         FusedInTI(6, 2, (1, 2), backend="cuda", context=())(torch.randn(1, 2, 3, 6))
-
-
-# --- The module of InTI -----------------------------------------------------------------------------------------------
-
-
-def test_plain_parts_tell_the_truth_by_backend_and_head(built):
-    built(emulated=True)
-    always = ["temporal position", "frame level", "global level"]
-    for backend, head, parts in (
-        ("cuda", "softmax", always),
-        ("cuda", "sigmoid", [*always, "head", "sigmoid interpolation"]),
-        ("cuda", "attention", ["temporal position", "token level", *always[1:], "head"]),
-        ("cpu", "softmax", ["temporal position", "token level", *always[1:], "head"]),
-        (None, "softmax", ["temporal position", "token level", *always[1:], "head"]),
-    ):
-        fused = FusedInTI(6, 4, (2, 3), backend=backend, head=head)
-        assert fused.plain_parts() == parts
-        assert f"plain PyTorch: {', '.join(parts)}" in repr(fused)
-    with backends.use_backend("cuda"):
-        assert FusedInTI(6, 4, (2, 3)).plain_parts() == always
 
 
 # --- info, check, bench -----------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ def kernels(module: InTI) -> set[tuple[str, str]]:
         "sigmoid": ["token_features"],
         "attention": ["pair_interpolate"],
     }[module.head_type]
+    names += ["inti"] * (module.head_type == "softmax" and module.fusion == "separate")
     return {(name + direction, "cuda") for name in names for direction in ("", "_backward")}
 
 
@@ -261,21 +262,44 @@ def test_which_code_a_gpu_runs(archs: str, capability: int, code: int, emulator:
 # --- Traffic ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["pair_interpolate", "depthwise_conv3d"])
+@pytest.fixture(scope="module", params=_traffic.COUNTED["cuda"])
 def traffic(request: pytest.FixtureRequest) -> list[_traffic.Traffic]:
     """At batch 1, dim 768, 14×14, 16 frames, float16."""
     return _traffic.count(request.param, torch.float16, backend="cuda")
 
 
 def test_traffic(traffic: list[_traffic.Traffic]) -> None:
-    assert len(traffic) in (2, 9), "forward and backward, or three passes of three convolutions"
+    passes = {"pair_interpolate": 2, "depthwise_conv3d": 12, "token_features": 4, "interpolation_head": 2}
+    assert len(traffic) == passes[traffic[0].op]
     for row in traffic:
         print(row)
     for row in traffic:
-        assert row.programs >= 160, row
+        product = row.stage == "forward" and row.op in ("token_features", "interpolation_head")
+        # The convolution's backward has two kernels, of which each reads the gradient.
+        twice = row.stage == "backward" and row.op == "depthwise_conv3d"
+        assert row.programs >= (150 if product else 160), row
         # A prefix token isn't read by a convolution, so that a little less than everything can be moved.
-        assert 0.95 < row.through_l2 <= row.traffic <= 1.3, row
-        assert row.through_l2 <= 1.15, row
+        assert 0.95 < row.through_l2 <= row.traffic, row
+        # Tiles of the same rows find them in the L2 cache.
+        assert row.traffic <= 1.3 or product or twice, row
+        assert row.through_l2 <= (1.4 if twice else 1.15), row
+
+
+def test_what_is_read_again_after_a_barrier_counts_again(emulator: object) -> None:
+    """A product's blocks measure their rows before they multiply them; an L2 that holds nothing sees both."""
+    case = op_cases("token_features", dim=64, frames=2, grid=(1, 1), dtype=torch.float16)
+    with _traffic.emulated() as launches:
+        ops.token_features(**case.inputs, backend="cuda")
+    (launch,) = launches
+    touched = [sector for sector, written in launch.touches() if not written]
+    assert len(touched) > len(set(touched)) == len(launch.programs[0].read)
+    assert _traffic.through_l2(launches, capacity=1) > _traffic.through_l2(launches)
+
+
+def test_a_row_that_no_blocks_shared_memory_holds() -> None:
+    """LayerNorm's backward shares such rows out among blocks, by columns."""
+    case = op_cases("token_features", dim=2400, frames=2, grid=(1, 2), dtype=torch.float16)
+    assert_close_three_way(three_way("token_features", *case, backend="cuda"))
 
 
 # --- check, bench, info -----------------------------------------------------------------------------------------------

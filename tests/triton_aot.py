@@ -5,8 +5,9 @@
 No GPU is needed. Launches are intercepted where a kernel would start (`_launch.run`), so what is compiled is what a
 user's call compiles. A process of its own, since TRITON_INTERPRET is read when a kernel is defined. Of each kernel are
 held: registers, spills and local memory (none), shared memory, and the global accesses in its PTX: those of 16 bytes,
-and those that are narrower. The budget has a section for each version of Triton; --update writes the one of the Triton
-at hand. Exit status 1 if a figure is over its budget. A Triton without a section is held to what no budget may allow.
+and those that are narrower; a kernel with a product of its own must have it on the tensor cores. The budget has a
+section for each version of Triton; --update writes the one of the Triton at hand. Exit status 1 if a figure is over its
+budget. A Triton without a section is held to what no budget may allow.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from inti_kernels.backends.triton import _launch, depthwise_conv3d, pair_interpolate
+from inti_kernels.backends import _arguments
+from inti_kernels.backends.triton import (
+    _launch,
+    _products,
+    depthwise_conv3d,
+    interpolation_head,
+    pair_interpolate,
+    token_features,
+)
 from inti_kernels.ops.depthwise_conv3d import CASES
 from inti_kernels.testing import op_cases
 
@@ -125,6 +134,50 @@ def _calls(
         case, y = f"{'×'.join(map(str, kernel))}/{stride}{suffix}", x[:, ::stride]
         yield case, partial(depthwise_conv3d.depthwise_conv3d_forward, *given)
         yield case, partial(depthwise_conv3d.depthwise_conv3d_backward, y, *given, (True,) * 3 + (full,), buffer)
+    yield from _calls_of_token_features(dtype, others_dtype, full, sizes)
+    yield from _calls_of_the_head(dtype, others_dtype, full, sizes)
+
+
+def _calls_of_token_features(
+    dtype: torch.dtype, others_dtype: torch.dtype, full: bool, sizes: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The Linear in the tokens' dtype; ``full`` also keeps what the backward needs."""
+    inputs, _ = _case("token_features", dtype=others_dtype, position=full, **sizes, **CLIP)
+    x, weight, bias = (inputs[name].to(dtype) for name in ("x", "weight", "bias"))
+    given = (x, inputs["norm_weight"], inputs["norm_bias"], weight, bias, inputs["position"], 1e-5)
+    statistics = x.new_empty((*x.shape[:3], 2), dtype=_arguments.wide_dtype(x))
+    # A column slice of a wider matrix, as the head's backward leaves it.
+    features = x.new_empty((1, x.shape[1] // 2, x.shape[2], 3 * weight.shape[0]))[..., : 2 * weight.shape[0]]
+    preactivation, needs = x.new_empty((*x.shape[:3], weight.shape[0])), (True,) * 5 + (full,)
+    suffix, buffer = "" if full else " plain", torch.empty_like(x) if full else None
+    yield f"forward{suffix}", lambda: token_features.token_features_forward(*given, full)
+    if full:
+        yield "again", lambda: token_features.token_features_activation(preactivation)
+    kept = (statistics, preactivation)
+    yield f"backward{suffix}", lambda: token_features.token_features_backward(features, *given, *kept, needs, buffer)
+
+
+def _calls_of_the_head(
+    dtype: torch.dtype, x_dtype: torch.dtype, full: bool, sizes: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The network in one dtype beside x in another; ``full``: with cube and context, and what the backward needs."""
+    context = ("cube", "frame") if full else ()
+    inputs, _ = _case("interpolation_head", dtype=dtype, position=full, context=context, **sizes, **CLIP)
+    given = [value.to(x_dtype) if name == "x" else value for name, value in inputs.items()]
+    features, x, hidden = given[0], given[3], inputs["weight1"].shape[0]
+    suffix, buffer = "" if full else " plain", torch.empty_like(x) if full else None
+    yield f"forward{suffix}", lambda: interpolation_head.interpolation_head_forward(*given, full)
+    if full:
+        first = (*given[:3], *given[4:6])
+        yield "again", lambda: interpolation_head.interpolation_head_preactivation(*first)
+    pairs = features.shape[:3]
+    kept = (features.new_empty(pairs, dtype=_arguments.wide_dtype(x)), features.new_empty(*pairs, hidden))
+    upstream = (x[:, ::2], features.new_empty(*pairs, 2))
+    needs = [tensor is not None for tensor in given]
+    yield (
+        f"backward{suffix}",
+        lambda: interpolation_head.interpolation_head_backward(*upstream, *given, *kept, needs, buffer),
+    )
 
 
 def _intercepted(call: Callable[[], object], arch: int, suffix: str) -> list[Launch]:
@@ -132,7 +185,7 @@ def _intercepted(call: Callable[[], object], arch: int, suffix: str) -> list[Lau
 
     def record(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
         arguments = dict(arguments)
-        options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg")}
+        options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg", "num_stages") if name in arguments}
         signature, constants, aligned = {}, {}, []
         for param in kernel.params:
             value = arguments.pop(param.name)
@@ -154,12 +207,15 @@ def _intercepted(call: Callable[[], object], arch: int, suffix: str) -> list[Lau
             name += f" {suffix}" + (f" dim {constants['DIM']}" if "DIM" in constants else "")
         found.append(Launch(name, kernel, arch, signature, constants, tuple(aligned), options))
 
-    before = _launch.run, _launch.capability
-    _launch.run, _launch.capability = record, lambda x: arch
+    def not_multiplied(a: Tensor, b: Tensor, *, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        return a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+
+    before = _launch.run, _launch.capability, _products.product
+    _launch.run, _launch.capability, _products.product = record, lambda x: arch, not_multiplied
     try:
         call()
     finally:
-        _launch.run, _launch.capability = before
+        _launch.run, _launch.capability, _products.product = before
     return found
 
 
@@ -180,6 +236,8 @@ def compiled(launch: Launch) -> Figures:
             [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     read = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout))
+    if "INNER" in launch.constants and not re.search(r"\bw?g?mma\.", made.asm["ptx"]):
+        raise AssertionError(f"{launch.name} for sm_{launch.arch} has no product on the tensor cores")
     accesses = [_bytes(line) for line in made.asm["ptx"].splitlines() if re.search(r"\b(ld|st)\.global\.", line)]
     return Figures(
         registers=int(read["REG"]),
@@ -260,7 +318,8 @@ def _wrong(row: dict[str, int], launch: Launch) -> list[str]:
         problems.append(f"{row['registers']} registers for {launch.options['num_warps']} warps are more than an SM has")
     # Tiles of tokens: 16 bytes a thread. What is narrower are the logits and weights of single token pairs, and rows of
     # partial sums, of which a thread has one or two numbers.
-    if row["narrow"] and ("conv3d_forward" in launch.name or ("backward_x" in launch.name and "plain" in launch.name)):
+    whole = "conv3d_forward" in launch.name or "token_features_activation" in launch.name
+    if row["narrow"] and (whole or ("backward_x" in launch.name and "plain" in launch.name)):
         problems.append(f"{row['narrow']} accesses of less than 16 bytes")
     return problems
 

@@ -55,8 +55,10 @@ class Instruction:
 
     @property
     def always(self) -> bool:
-        """Whether control never goes on behind it: neither a predicate nor, of a branch, a second one."""
-        return self.ends_block and self.predicate in ("", "PT") and not re.match(r"\s*!?U?P\d", self.operands)
+        """Whether control never goes on behind it: neither a predicate nor, of a branch, a second one, nor is it the
+        way of a warp whose lanes have parted."""
+        bound = self.predicate in ("", "PT") and not re.match(r"\s*!?U?P\d", self.operands)
+        return self.ends_block and bound and self.name != "BRA.DIV"
 
     @property
     def width(self) -> int:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 from . import cubins
 from .disassembly import AtLeast
@@ -223,13 +222,12 @@ _WARPS, _IN_FLIGHT = 4, 4  # of a block, and tokens of a warp at once: kWarps, k
 
 
 def _over_tiles(
-    title: str, name: str, dtype: str, *, halved: bool, columns_halved: bool, tensors: int, whole_rows: bool = False,
-    **how: Any
+    title: str, name: str, dtype: str, *, halved: bool, columns_halved: bool, tensors: int
 ) -> Model:  # fmt: skip
-    """A kernel whose block has a tile of a frame's tokens and, but for `whole_rows`, a warp's width of columns.
+    """A kernel whose block has a tile of a frame's tokens and a warp's width of columns.
 
     halved: the rows are token pairs; columns_halved: they are dim / 2 wide; tensors: read and written, of the rows'
-    size; how: the rest of its model.
+    size.
     """
     item, vector = DTYPES[dtype], 16 // DTYPES[dtype]
 
@@ -238,30 +236,43 @@ def _over_tiles(
         width = size.dim // (2 if columns_halved else 1)
         tiles, tile_tokens = fact("token_tiles", frames, size.side)
         across, outputs = up(width, 32 * vector), frames * size.tokens * width
-        iterations = across if whole_rows else up(tile_tokens, _WARPS * _IN_FLIGHT)
-        blocks = frames * tiles * (1 if whole_rows else across)
+        iterations, blocks = up(tile_tokens, _WARPS * _IN_FLIGHT), frames * tiles * across
         return Launch(blocks, 32 * _WARPS, 0, iterations, iterations, outputs, tensors * outputs * item)
 
     kernel = f"inti::cuda::{name}_kernel<{_cpp(dtype)}, {vector}>"
-    how.setdefault("steps", ({"STG.128": _IN_FLIGHT},))
-    how.setdefault("cached", "position|weight|bias|statistics")
-    return Model(f"{title}, {dtype}", _source(title), kernel, launch=launch, **how)
+    return Model(
+        f"{title}, {dtype}", _source(title), kernel, ({"STG.128": _IN_FLIGHT},), launch,
+        cached="position|weight|bias|statistics",
+    )  # fmt: skip
 
 
-def _statistics(dtype: str) -> Model:
-    vector = 16 // DTYPES[dtype]
+def _norm(dtype: str) -> Model:
+    """A block has a few rows at once: a warp each for their means, then a thread a vector of columns of them all."""
+    item, vector = DTYPES[dtype], 16 // DTYPES[dtype]
+    rows, term_bytes, column_bytes = fact("norm", item)
+    columns = 2 if item == 4 else 1  # trips of the loop over columns; at these sizes as many over chunks of a row
 
     def launch(size: Size) -> Launch:
-        rows, steps = size.batch * size.frames * size.tokens, up(size.dim, 32 * vector * _IN_FLIGHT)
-        outputs = rows * size.dim
-        return Launch(up(rows, _WARPS), 32 * _WARPS, 0, steps, steps, outputs, outputs * DTYPES[dtype] + 8 * rows)
+        frames = size.batch * size.frames
+        tiles, tile_tokens = fact("token_tiles", frames, size.side)
+        outputs, steps = frames * size.tokens * size.dim, up(tile_tokens, rows)
+        shared = term_bytes + column_bytes * size.dim
+        vectors = 2 * size.dim / vector / 32
+        return Launch(frames * tiles, 32 * rows, shared, steps, steps, outputs, 3 * outputs * item, vectors)
 
-    name = f"inti::cuda::token_features_statistics_kernel<{_cpp(dtype)}, {vector}>"
-    return Model(f"token_features's statistics, {dtype}", "token_features.cu", name, ({},), launch)
+    return Model(
+        f"token_features's backward of LayerNorm, {dtype}",
+        "token_features.cu",
+        f"inti::cuda::token_features_backward_norm_kernel<{_cpp(dtype)}, {vector}>",
+        # Into shared memory go the sums, and four vectors of x and of the gradient.
+        ({"STG.128": rows * columns, "STS.128": AtLeast(6 + 8 * columns), "SHFL": AtLeast(10)},),
+        launch,
+        trips={r"column = threadIdx\.x \* V": columns, r"base = lane \* V": columns, r"int r = 0; r < rows": rows},
+        cached=r"load(_wide)?<V>\((position|p\.norm_weight)|p\.statistics|\bold\b",  # and what is predicated off
+    )
 
 
 def _over_rows(dtype: str) -> Iterator[Model]:
-    yield _statistics(dtype)
     yield _over_tiles(
         "token_features's backward of GELU", "token_features_backward_activation", dtype,
         halved=False, columns_halved=True, tensors=3,
@@ -269,13 +280,7 @@ def _over_rows(dtype: str) -> Iterator[Model]:
     yield _over_tiles(
         "token_features's normalize", "token_features_normalize", dtype, halved=False, columns_halved=False, tensors=2
     )
-    # Its second walk over the tile, which the L2 cache has by then: a step of the outer loop is a width of columns.
-    steps = 2  # of the inner loop: tiles have 17 to 32 tokens at these sizes
-    yield _over_tiles(
-        "token_features's backward of LayerNorm", "token_features_backward_norm", dtype, halved=False,
-        columns_halved=False, tensors=3, whole_rows=True, steps=({"STG.128": AtLeast(_IN_FLIGHT * steps)},),
-        avoid=r"\bold\b", trips={r"first \+= kWarps \* kInFlight": steps},
-    )  # fmt: skip
+    yield _norm(dtype)
     yield _over_tiles(
         "interpolation_head's backward of GELU", "interpolation_head_hidden", dtype,
         halved=True, columns_halved=False, tensors=2,

@@ -7,6 +7,7 @@
 #include "depthwise_conv3d_tile.h"
 #include "gemm.h"
 #include "interpolate.h"
+#include "token_features_backward.h"
 #include "token_rows.h"
 
 namespace inti::cuda {
@@ -29,6 +30,11 @@ template <class Tile>
 void product(const char* name) {
   std::printf("product_%s %d %d %d %d %d\n", name, Tile::kRows, Tile::kColumns, Tile::kDepth, Tile::kThreads,
               Tile::kSharedBytes);
+}
+
+template <class T>
+void norm() {
+  std::printf("norm_%zu %d %d %d\n", sizeof(T), kNormWarps, kNormTermBytes<T>, kNormColumnBytes<T>);
 }
 
 void of_size(const Size& s) {
@@ -57,6 +63,8 @@ int main(int count, char** arguments) {
   product<WmmaTile>("float16");
   product<FmaTile<float>>("float32");
   std::printf("slab %d %d %d\n", kLanes, kSlab<inti::float16>, kSlab<float>);
+  norm<inti::float16>();
+  norm<float>();
   for (int i = 1; i + 3 < count; i += 4) {
     of_size({std::atoi(arguments[i]), std::atoi(arguments[i + 1]), std::atoi(arguments[i + 2]),
              std::atoi(arguments[i + 3])});

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "inti/cuda/pair_interpolate.h"  // pair_interpolate_tiles
+#include "left_over.h"
 #include "reference.h"
 #include "report.h"
 
@@ -18,6 +19,7 @@ struct Case {
   bool cube = true, frame_bias = true, position = true, accumulate = false, keep = true;
   bool wants_x = true, wants_position = true, wants_network = true, wants_sums = true;
   bool float32_x = false;
+  bool deferred = false;  // the sums are left to partial_sums
 };
 
 std::vector<Case> cases(int64_t real_clips) {
@@ -37,6 +39,8 @@ std::vector<Case> cases(int64_t real_clips) {
   of_x.wants_position = of_x.wants_network = of_x.wants_sums = false;
   of_network.wants_x = of_network.wants_position = false;
   of_hidden.wants_x = of_hidden.wants_position = of_hidden.wants_sums = false;
+  Case deferred{"sums left over", {2, 4, 19, 24}, 24, 24, 40};
+  deferred.deferred = true;
   return {
       {"several tiles, ragged", {2, 4, 37, 72}, 88, 40, 200},
       {"many clips, full tiles", {40, 4, 37, 8}, 24, 8, 24},
@@ -52,6 +56,7 @@ std::vector<Case> cases(int64_t real_clips) {
       of_x,
       of_network,
       of_hidden,
+      deferred,
   };
 }
 
@@ -174,15 +179,38 @@ void forward(Report& report, const Setting& s) {
               launch);
 }
 
+// The product alone, which is to leave what the forward left.
+void preactivation(Report& report, const Setting& s) {
+  const Array alone(s.rows * s.c.hidden, s.dtype);
+  inti::cuda::InterpolationHeadPreactivation p{};
+  p.shape = s.shape();
+  p.features = s.features.data();
+  p.cube = Setting::address(s.cube);
+  p.frame_bias = Setting::address(s.frame_bias);
+  p.weight1 = s.weight1.data();
+  p.bias1 = s.bias1.data();
+  p.preactivation = alone.data();
+  p.stream = stream();
+  const auto launch = [&] { inti::cuda::interpolation_head_preactivation(p); };
+  launch();
+  synchronize();
+  reference::Values same;
+  for (const double value : s.preactivation.values("preactivation")) same.push_back({value, 0});
+  report.check("preactivation alone", alone, same);
+  report.time("preactivation", s.features.bytes() + (s.cube ? s.cube->bytes() : 0) + s.weight1.bytes() + alone.bytes(),
+              launch);
+}
+
 // The hidden layer's gradients, from the preactivation and the difference's gradient as the kernels left them.
 struct HiddenGradients {
-  reference::Values preactivation, frame_bias, weight2;
+  reference::Values preactivation, frame_bias, bias1, weight2;
 };
 HiddenGradients hidden_backward(const Setting& s, const std::vector<double>& grad_difference) {
   const int64_t hidden = s.c.hidden;
   const auto before = s.preactivation.values("preactivation");
   HiddenGradients gradients;
-  std::vector<Sum> of_frames(static_cast<size_t>(s.frame_pairs * hidden)), of_weight2(static_cast<size_t>(hidden));
+  std::vector<Sum> of_frames(static_cast<size_t>(s.frame_pairs * hidden)), of_bias1(static_cast<size_t>(hidden)),
+      of_weight2 = of_bias1;
   for (int64_t row = 0; row < s.rows; ++row) {
     const Bounded grad{grad_difference[static_cast<size_t>(row)], 0};
     for (int64_t unit = 0; unit < hidden; ++unit) {
@@ -190,10 +218,12 @@ HiddenGradients hidden_backward(const Setting& s, const std::vector<double>& gra
       const Bounded upstream = s.with.multiply(grad, s.difference_of_weights(unit));
       gradients.preactivation.push_back(s.with.multiply(upstream, s.with.gelu_slope(at)));
       of_frames[static_cast<size_t>(row / s.c.sizes.tokens * hidden + unit)].add(gradients.preactivation.back());
+      of_bias1[static_cast<size_t>(unit)].add(gradients.preactivation.back());
       of_weight2[static_cast<size_t>(unit)].add(s.with.multiply(grad, s.with.gelu(at)));
     }
   }
   for (const Sum& sum : of_frames) gradients.frame_bias.push_back(sum.total(s.with));
+  for (const Sum& sum : of_bias1) gradients.bias1.push_back(sum.total(s.with));
   for (const double sign : {1.0, -1.0})
     for (const Sum& sum : of_weight2) gradients.weight2.push_back(reference::times(sum.total(s.with), sign));
   return gradients;
@@ -207,11 +237,13 @@ void backward(Report& report, Setting& s) {
   const Input before(sizes.size(), s.x_dtype, s.random);  // what grad_x is added to
   const Array fresh(sizes.size(), s.x_dtype), grad_position(sizes.frames * sizes.dim, s.wide),
       grad_difference(s.rows, s.wide), grad_preactivation(s.rows * c.hidden, s.dtype),
-      grad_frame_bias(s.frame_pairs * c.hidden, s.wide), grad_weight2(2 * c.hidden, s.dtype);
+      grad_frame_bias(s.frame_pairs * c.hidden, s.wide), grad_bias1(c.hidden, s.dtype),
+      grad_weight2(2 * c.hidden, s.dtype), grad_bias2(2, s.dtype);
   const Array& grad_x = c.accumulate ? before.array : fresh;
   const int64_t tiles = inti::cuda::pair_interpolate_tiles(sizes.batch, sizes.frames, sizes.tokens);
   const Array position_partials(sizes.batch * tiles * sizes.frames * sizes.dim, s.wide),
-      hidden_partials(inti::cuda::interpolation_head_tiles(s.shape()) * 2 * c.hidden, s.wide);
+      frame_partials(inti::cuda::interpolation_head_tiles(s.shape()) * c.hidden, s.wide),
+      weight2_partials(frame_partials.size(), s.wide);
 
   inti::cuda::InterpolationHeadBackward p{};
   p.shape = s.shape();
@@ -231,10 +263,25 @@ void backward(Report& report, Setting& s) {
   p.grad_difference = grad_difference.data();
   p.grad_preactivation = c.wants_network ? grad_preactivation.data() : nullptr;
   p.grad_frame_bias = c.wants_sums ? grad_frame_bias.data() : nullptr;
+  p.grad_bias1 = c.wants_sums ? grad_bias1.data() : nullptr;
+  p.frame_partials = c.wants_sums ? frame_partials.data() : nullptr;
   p.grad_weight2 = c.wants_sums ? grad_weight2.data() : nullptr;
-  p.hidden_partials = c.wants_sums ? hidden_partials.data() : nullptr;
+  p.weight2_partials = c.wants_sums ? weight2_partials.data() : nullptr;
+  p.grad_bias2 = c.wants_sums ? grad_bias2.data() : nullptr;
   p.stream = stream();
-  const auto launch = [&] { inti::cuda::interpolation_head_backward(p); };
+  const auto launch = [&] {
+    if (!c.deferred) return inti::cuda::interpolation_head_backward(p);
+    auto q = p;
+    q.grad_position = q.grad_frame_bias = q.grad_bias1 = q.grad_weight2 = q.grad_bias2 = nullptr;
+    inti::cuda::interpolation_head_backward(q);
+    LeftOver sums(s.wide);
+    sums.add(position_partials, sizes.frames * sizes.dim, grad_position);
+    sums.add(frame_partials, s.frame_pairs * c.hidden, grad_frame_bias);
+    sums.add(frame_partials, c.hidden, grad_bias1);
+    sums.add_both_signs(weight2_partials, c.hidden, grad_weight2);
+    sums.add_both_signs(grad_difference, 1, grad_bias2);
+    sums.launch();
+  };
   launch();
   synchronize();
 
@@ -251,11 +298,19 @@ void backward(Report& report, Setting& s) {
     report.check("grad_preactivation", grad_preactivation, reference::stored(hidden.preactivation, s.dtype));
     if (c.wants_sums) {
       report.check("grad_frame_bias", grad_frame_bias, hidden.frame_bias);
+      report.check("grad_bias1", grad_bias1, reference::stored(hidden.bias1, s.dtype));
       report.check("grad_weight2", grad_weight2, reference::stored(hidden.weight2, s.dtype));
     }
   }
+  if (p.grad_bias2) {
+    Sum sum;
+    for (const double grad : grad_difference.values("grad_difference")) sum.add_product(1, grad);
+    const Bounded total = sum.total(s.with);
+    report.check("grad_bias2", grad_bias2, reference::stored({total, {-total.value, total.error}}, s.dtype));
+  }
   position_partials.values("position_partials");
-  hidden_partials.values("hidden_partials");
+  frame_partials.values("frame_partials");
+  weight2_partials.values("weight2_partials");
   s.preactivation.values("preactivation");
   report.time("backward",
               s.x.bytes() + grad_z.bytes() + s.preactivation.bytes() + grad_x.bytes() + grad_preactivation.bytes(),
@@ -269,7 +324,10 @@ void check_interpolation_head(Report& report, int64_t real_clips) {
     report.run(c.name, [&] {
       Setting s(c, report.dtype());
       forward(report, s);
-      if (c.keep) backward(report, s);
+      if (c.keep) {
+        preactivation(report, s);
+        backward(report, s);
+      }
       s.x.array.check_unchanged("x");
       s.features.array.check_unchanged("features");
       s.weight1.array.check_unchanged("weight1");

@@ -23,7 +23,8 @@ struct Op {
 const Op kOps[] = {{"pair_interpolate", check_pair_interpolate},
                    {"depthwise_conv3d", check_depthwise_conv3d},
                    {"token_features", check_token_features},
-                   {"interpolation_head", check_interpolation_head}};
+                   {"interpolation_head", check_interpolation_head},
+                   {"partial_sums", check_partial_sums}};
 
 struct Options {
   std::vector<DType> dtypes;
@@ -34,7 +35,8 @@ struct Options {
 
 const char* const kUsage =
     "usage: standalone [--real] [--clips N] [--time] [--capability NN] [OP…] [DTYPE…]\n"
-    "  OP           pair_interpolate, depthwise_conv3d, token_features, interpolation_head; default: all\n"
+    "  OP           pair_interpolate, depthwise_conv3d, token_features, interpolation_head,\n"
+    "               partial_sums; default: all\n"
     "  DTYPE        float16, float32, bfloat16, float64; default: float16 float32\n"
     "  --real       one real size, 16 frames of 14×14 patches and a class token, 768 channels, instead of small ones\n"
     "  --clips N    clips of the real size, 1 unless said\n"

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "left_over.h"
 #include "reference.h"
 #include "report.h"
 
@@ -17,6 +18,7 @@ struct Case {
   bool wants_x = true, wants_logits = true, wants_position = true;
   double logits_scale = 3;
   bool float32_logits = false;
+  bool deferred = false;  // the sums are left to partial_sums
 };
 
 std::vector<Case> cases(int64_t real_clips) {
@@ -32,6 +34,8 @@ std::vector<Case> cases(int64_t real_clips) {
   of_x.wants_logits = of_x.wants_position = false;
   of_logits.wants_x = of_logits.wants_position = false;
   of_position.wants_x = of_position.wants_logits = false;
+  Case deferred{"sums left over", {2, 4, 19, 24}};
+  deferred.deferred = true;
   return {
       {"several tiles, ragged", {2, 4, 37, 264}},
       {"many clips, full tiles", {40, 4, 37, 24}},
@@ -46,6 +50,7 @@ std::vector<Case> cases(int64_t real_clips) {
       of_x,
       of_logits,
       of_position,
+      deferred,
   };
 }
 
@@ -132,7 +137,15 @@ void backward(Report& report, Setting& s) {
   p.grad_position = s.c.wants_position ? grad_position.data() : nullptr;
   p.partials = s.c.wants_position ? partials.data() : nullptr;
   p.stream = stream();
-  const auto launch = [&] { inti::cuda::pair_interpolate_backward(p); };
+  const auto launch = [&] {
+    if (!s.c.deferred) return inti::cuda::pair_interpolate_backward(p);
+    auto q = p;
+    q.grad_position = nullptr;
+    inti::cuda::pair_interpolate_backward(q);
+    LeftOver sums(s.wide);
+    sums.add(partials, sizes.frames * sizes.dim, grad_position);
+    sums.launch();
+  };
   launch();
   synchronize();
 

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "left_over.h"
 #include "reference.h"
 #include "report.h"
 
@@ -16,7 +17,9 @@ struct Case {
   Layout x = Layout::contiguous;
   bool position = true, accumulate = false, keep = true;
   bool wants_x = true, wants_norm = true, wants_position = true, wants_bias = true;
-  double offset = 0;  // of x
+  double offset = 0;      // of x
+  int64_t gap = 0;        // behind each row of grad_features
+  bool deferred = false;  // the sums are left to partial_sums
 };
 
 std::vector<Case> cases(int64_t real_clips) {
@@ -32,6 +35,11 @@ std::vector<Case> cases(int64_t real_clips) {
   of_x.wants_norm = of_x.wants_position = of_x.wants_bias = false;
   of_norm.wants_x = of_norm.wants_position = of_norm.wants_bias = false;
   of_position.wants_x = of_position.wants_norm = of_position.wants_bias = false;
+  Case columns{"grad_features are columns", {2, 2, 19, 40}, 24}, odd_columns = columns;
+  columns.gap = 16;
+  odd_columns.gap = 3;
+  Case deferred{"sums left over", {2, 4, 19, 40}, 24};
+  deferred.deferred = true;
   return {
       {"several tiles, ragged", {2, 4, 19, 88}, 136},
       {"many clips, full tiles", {24, 4, 37, 24}, 24},
@@ -46,6 +54,9 @@ std::vector<Case> cases(int64_t real_clips) {
       of_x,
       of_norm,
       of_position,
+      columns,
+      odd_columns,
+      deferred,
   };
 }
 
@@ -141,21 +152,53 @@ void forward(Report& report, const Setting& s) {
   report.time("forward", s.x.bytes() + s.weight.bytes() + features.bytes() + kept, launch);
 }
 
+// The features once more, from the preactivation as the forward left it.
+void activation(Report& report, const Setting& s) {
+  const int64_t width = s.c.width;
+  const Array features(s.rows * width, s.dtype);
+  inti::cuda::TokenFeaturesActivation p{};
+  p.shape = s.shape();
+  p.preactivation = s.preactivation.data();
+  p.features = features.data();
+  p.stream = stream();
+  const auto launch = [&] { inti::cuda::token_features_activation(p); };
+  launch();
+  synchronize();
+  const auto preactivation = s.preactivation.values("preactivation");
+  reference::Values expected(preactivation.size());
+  for (int64_t row = 0; row < s.rows; ++row)
+    for (int64_t n = 0; n < width; ++n)
+      expected[static_cast<size_t>(features_of(s.c.sizes, row, width) + n)] =
+          s.with.gelu({preactivation[static_cast<size_t>(row * width + n)], 0});
+  report.check("activation", features, reference::stored(expected, s.dtype));
+  report.time("activation", s.preactivation.bytes() + features.bytes(), launch);
+}
+
 // grad_preactivation and the Linear's bias, from the preactivation as the forward left it.
 std::vector<double> backward_activation(Report& report, Setting& s) {
   const int64_t width = s.c.width;
-  const Input grad_features(s.rows * width, s.dtype, s.random);
+  const int64_t pitch = 2 * width + s.c.gap;
+  const Input grad_features(s.rows / 2 * pitch, s.dtype, s.random);
   const Array grad_preactivation(s.rows * width, s.dtype), grad_bias(width, s.dtype),
       partials(inti::cuda::token_features_tiles(s.shape()) * width, s.wide);
   inti::cuda::TokenFeaturesBackwardActivation p{};
   p.shape = s.shape();
   p.grad_features = grad_features.data();
+  p.grad_features_pitch = pitch;
   p.preactivation = s.preactivation.data();
   p.grad_preactivation = grad_preactivation.data();
   p.grad_bias = s.c.wants_bias ? grad_bias.data() : nullptr;
   p.partials = s.c.wants_bias ? partials.data() : nullptr;
   p.stream = stream();
-  const auto launch = [&] { inti::cuda::token_features_backward_activation(p); };
+  const auto launch = [&] {
+    if (!s.c.deferred) return inti::cuda::token_features_backward_activation(p);
+    auto q = p;
+    q.grad_bias = nullptr;
+    inti::cuda::token_features_backward_activation(q);
+    LeftOver sums(s.wide);
+    sums.add(partials, width, grad_bias);
+    sums.launch();
+  };
   launch();
   synchronize();
 
@@ -165,7 +208,8 @@ std::vector<double> backward_activation(Report& report, Setting& s) {
   for (int64_t row = 0; row < s.rows; ++row)
     for (int64_t n = 0; n < width; ++n) {
       const Bounded slope = s.with.gelu_slope({preactivation[static_cast<size_t>(row * width + n)], 0});
-      const double grad = grad_features[features_of(s.c.sizes, row, width) + n];
+      const int64_t place = features_of(s.c.sizes, row, width) + n;
+      const double grad = grad_features[place / (2 * width) * pitch + place % (2 * width)];
       grads.push_back(s.with.multiply(slope, s.with.exact(grad)));
       sums[static_cast<size_t>(n)].add(grads.back());
     }
@@ -211,7 +255,8 @@ void backward_norm(Report& report, Setting& s, const Input& grad_normalized) {
   const Input before(s.x.sizes.size(), s.dtype, s.random);  // what grad_x is added to
   const Array fresh(s.x.sizes.size(), s.dtype), grad_norm_weight(c.sizes.dim, s.dtype),
       grad_norm_bias(c.sizes.dim, s.dtype), grad_position(c.sizes.frames * c.sizes.dim, s.wide),
-      partials(inti::cuda::token_features_tiles(s.shape()) * 3 * c.sizes.dim, s.wide);
+      norm_partials(inti::cuda::token_features_tiles(s.shape()) * 2 * c.sizes.dim, s.wide),
+      position_partials(inti::cuda::token_features_tiles(s.shape()) * c.sizes.dim, s.wide);
   const Array& grad_x = c.accumulate ? before.array : fresh;
   auto p = s.parameters<inti::cuda::TokenFeaturesBackwardNorm>();
   p.grad_normalized = grad_normalized.data();
@@ -220,8 +265,20 @@ void backward_norm(Report& report, Setting& s, const Input& grad_normalized) {
   p.grad_norm_weight = c.wants_norm ? grad_norm_weight.data() : nullptr;
   p.grad_norm_bias = c.wants_norm ? grad_norm_bias.data() : nullptr;
   p.grad_position = c.wants_position ? grad_position.data() : nullptr;
-  p.partials = c.wants_norm || c.wants_position ? partials.data() : nullptr;
-  const auto launch = [&] { inti::cuda::token_features_backward_norm(p); };
+  p.norm_partials = c.wants_norm ? norm_partials.data() : nullptr;
+  p.position_partials = c.wants_position ? position_partials.data() : nullptr;
+  const auto launch = [&] {
+    if (!c.deferred) return inti::cuda::token_features_backward_norm(p);
+    auto q = p;
+    q.grad_norm_weight = q.grad_norm_bias = q.grad_position = nullptr;
+    inti::cuda::token_features_backward_norm(q);
+    const int64_t dim = c.sizes.dim;
+    LeftOver sums(s.wide);
+    sums.add(norm_partials, 0, 2 * dim, dim, dim, dim, grad_norm_weight);
+    sums.add(norm_partials, dim, 2 * dim, dim, dim, dim, grad_norm_bias);
+    sums.add(position_partials, c.sizes.frames * dim, grad_position);
+    sums.launch();
+  };
   launch();
   synchronize();
 
@@ -235,7 +292,8 @@ void backward_norm(Report& report, Setting& s, const Input& grad_normalized) {
     report.check("grad_norm_bias", grad_norm_bias, reference::stored(expected.bias, s.dtype));
   }
   if (p.grad_position) report.check("grad_position", grad_position, expected.position);
-  partials.values("partials");
+  norm_partials.values("norm_partials");
+  position_partials.values("position_partials");
   report.time("backward norm", s.x.bytes() + s.statistics.bytes() + grad_normalized.bytes() + grad_x.bytes(), launch);
 }
 
@@ -247,6 +305,7 @@ void check_token_features(Report& report, int64_t real_clips) {
       Setting s(c, report.dtype());
       forward(report, s);
       if (!c.keep) return;
+      activation(report, s);
       const Input grad_normalized(through_linear(s, backward_activation(report, s)), s.dtype);
       normalize(report, s);
       backward_norm(report, s, grad_normalized);

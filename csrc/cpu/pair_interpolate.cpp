@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "parallel.h"
-#include "vec.h"
+#include "rows.h"
 
 namespace inti::INTI_ISA {
 namespace {
@@ -38,27 +38,6 @@ struct PairWeights {
     second = e1 / (e0 + e1);
   }
 };
-
-// Calls block(c, load, store) for every vector of channels; load and store handle a last vector that isn't full.
-template <class T, class Block>
-INTI_INLINE void for_each_vector(int64_t dim, const Block& block) {
-  using A = wide_t<T>;
-  constexpr int lanes = kLanes<A>;
-  int64_t c = 0;
-  for (; c + lanes <= dim; c += lanes)
-    block(
-        c, [](const auto* p) __attribute__((always_inline)) { return load(p); },
-        [](auto* p, const Vec<A>& v) __attribute__((always_inline)) { store(p, v); });
-  if (const int rest = int(dim - c); rest > 0)
-    block(
-        c, [rest](const auto* p) __attribute__((always_inline)) { return load_first(p, rest); },
-        [rest](auto* p, const Vec<A>& v) __attribute__((always_inline)) { store_first(p, v, rest); });
-}
-
-template <class T>
-const T* token(const void* base, const Strides& strides, int64_t batch, int64_t frame, int64_t index) {
-  return static_cast<const T*>(base) + batch * strides.batch + frame * strides.frame + index * strides.token;
-}
 
 template <class T>
 void forward(const PairInterpolateForward& p) {

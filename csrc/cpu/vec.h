@@ -189,5 +189,31 @@ INTI_INLINE void by_dtype(DType dtype, const F& f) {
   }
 }
 
+template <class Type>
+using element_t = typename Type::type;
+
+// Calls f with the Types of two kinds of elements that are computed in the same; other pairs never come here.
+template <class F>
+INTI_INLINE void by_two_dtypes(DType first, DType second, const F& f) {
+  by_dtype(first, [&](auto a) {
+    using Wide = wide_t<element_t<decltype(a)>>;
+    by_dtype(second, [&](auto b) {
+      if constexpr (sizeof(wide_t<element_t<decltype(b)>>) == sizeof(Wide)) f(a, b);
+    });
+  });
+}
+
+// Calls f with the Types of a network's numbers and of those that go through its products: the same, or what they are
+// computed in.
+template <class F>
+INTI_INLINE void by_network(DType network, DType product, const F& f) {
+  by_dtype(network, [&](auto type) {
+    if (product == network)
+      f(type, type);
+    else
+      f(type, Type<wide_t<element_t<decltype(type)>>>{});
+  });
+}
+
 }  // namespace
 }  // namespace inti::INTI_ISA

@@ -280,7 +280,7 @@ void forward(const DepthwiseConv3dForward& p) {
 }
 
 template <class T>
-void backward_x(const DepthwiseConv3dBackward& p) {
+void backward_x(const DepthwiseConv3dBackward& p, SumList& sums) {
   const DepthwiseConv3dShape& s = p.shape;
   const bool whole = whole_vectors<T>(s.dim, p.grad_y_strides, p.grad_y, p.grad_x);
   with_shape<T>(s, whole, [&](auto v, auto patches, auto space, auto stride) {
@@ -294,19 +294,16 @@ void backward_x(const DepthwiseConv3dBackward& p) {
     q.parameter_dtype = s.parameter_dtype;
     q.grad_x = static_cast<T*>(p.grad_x);
     q.accumulate = p.accumulate;
-    q.partials = p.grad_position ? static_cast<Wide<T>*>(p.position_partials) : nullptr;
+    q.partials = static_cast<Wide<T>*>(p.position_partials);
     const int bytes = Layout<T, V, P, SPACE>(t).bytes;
     launch(depthwise_conv3d_backward_x_kernel<T, V, P, SPACE, STRIDE>,
            launch_of<T>("depthwise_conv3d_backward_x_kernel", s, t, bytes, p.stream), q);
-    if (p.grad_position) {
-      const StoreAs to = store_wide<Wide<T>>(p.grad_position);
-      sum_partials<Wide<T>>(q.partials, s.batch * t.tiles, s.frames * s.dim, to, p.stream);
-    }
+    sums.add_wide(p.grad_position, p.position_partials, s.batch * t.tiles, s.frames * s.dim);
   });
 }
 
 template <class T>
-void backward_weight(const DepthwiseConv3dBackward& p) {
+void backward_weight(const DepthwiseConv3dBackward& p, SumList& sums) {
   const DepthwiseConv3dShape& s = p.shape;
   const bool whole =
       whole_vectors<T>(s.dim, p.x_strides, p.x, p.grad_y, p.position) && divides(16 / sizeof(T), p.grad_y_strides);
@@ -323,8 +320,12 @@ void backward_weight(const DepthwiseConv3dBackward& p) {
     q.partials = static_cast<Wide<T>*>(p.weight_partials);
     launch(depthwise_conv3d_backward_weight_kernel<T, V, P, SPACE, STRIDE>,
            launch_of<T>("depthwise_conv3d_backward_weight_kernel", s, t, weight_bytes<T, V, P, SPACE>(t), p.stream), q);
-    const StoreTaps to{p.grad_weight, p.grad_bias, s.parameter_dtype, 3 * SPACE * SPACE};
-    sum_partials<Wide<T>>(p.weight_partials, s.batch * t.runs * t.tiles, s.dim * (3 * SPACE * SPACE + 1), to, p.stream);
+    constexpr int64_t kTaps = 3 * SPACE * SPACE;
+    const int64_t rows = s.batch * t.runs * t.tiles, pitch = s.dim * (kTaps + 1);
+    const DType dtype = s.parameter_dtype;
+    // The last of each channel's sums is the bias's.
+    sums.add({q.partials, rows, pitch, s.dim * kTaps, kTaps, kTaps + 1, p.grad_weight, dtype, false, false});
+    sums.add({q.partials + kTaps, rows, pitch, s.dim, 1, kTaps + 1, p.grad_bias, dtype, false, false});
   });
 }
 
@@ -337,8 +338,10 @@ void depthwise_conv3d_backward(const DepthwiseConv3dBackward& p) {
   check_sizes(p.shape);
   with_dtype(p.shape.dtype, [&](auto number) {
     using T = decltype(number);
-    if (p.grad_x || p.grad_position) backward_x<T>(p);
-    if (p.grad_weight || p.grad_bias) backward_weight<T>(p);
+    SumList sums(p.shape.dtype, p.stream);
+    if (p.grad_x || p.position_partials) backward_x<T>(p, sums);
+    if (p.weight_partials) backward_weight<T>(p, sums);
+    sums.launch();
   });
 }
 

@@ -138,22 +138,4 @@ __global__ void __launch_bounds__(kLanes* kMostStrips<T>, 1)
   }
 }
 
-// Where the sums go: the last of each channel is the bias's.
-struct StoreTaps {
-  void* weight;  // or null
-  void* bias;    // or null
-  DType dtype;
-  int taps;
-  template <class W>
-  __device__ __forceinline__ void operator()(int64_t i, W sum) const {
-    const int64_t channel = i / (taps + 1);
-    const int tap = static_cast<int>(i - channel * (taps + 1));
-    if (tap == taps) {
-      if (bias) write(bias, dtype, channel, sum);
-    } else if (weight) {
-      write(weight, dtype, channel * taps + tap, sum);
-    }
-  }
-};
-
 }  // namespace inti::cuda

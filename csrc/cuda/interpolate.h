@@ -295,19 +295,17 @@ void launch_interpolate_backward(InterpolateBackward p, int64_t batch, const Sou
 }
 
 // frames, tokens, dim, x, position, grad_z, their strides, grad_x, accumulate and partials of p are given.
-// grad_position: wide [frames, dim], or null: then there are no partial sums.
+// grad_position: wide [frames, dim], or null; what `sums` will write.
 template <class T, class Source>
 void interpolate_backward(InterpolateBackward p, int64_t batch, void* grad_position, const Source& source,
-                          void* stream) {
+                          SumList& sums, void* stream) {
   p.tiles = static_cast<unsigned>(pair_interpolate_tiles(batch, p.frames, p.tokens));
-  if (!grad_position) p.partials = nullptr;
   if (whole_vectors<T>(p.dim, p.x_strides, p.position, p.x, p.grad_z, p.grad_x, p.partials) &&
       divides(16 / sizeof(T), p.grad_z_strides))
     launch_interpolate_backward<T, 16 / sizeof(T)>(p, batch, source, stream);
   else
     launch_interpolate_backward<T, 1>(p, batch, source, stream);
-  if (grad_position)
-    sum_partials<Wide<T>>(p.partials, batch * p.tiles, p.frames * p.dim, store_wide<Wide<T>>(grad_position), stream);
+  sums.add_wide(grad_position, p.partials, batch * p.tiles, p.frames * p.dim);
 }
 
 #endif  // __CUDACC_RTC__

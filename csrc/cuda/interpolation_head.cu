@@ -26,9 +26,9 @@ struct InterpolationHeadGemm {
   const W* frame_bias;  // [rows / tokens, columns], or null
   const T* weight;      // [columns, pitch]: width of the features, context of the cube
   const T* bias;        // [columns]
-  const T* weight2;     // [2, columns]
+  const T* weight2;     // [2, columns]; null with partials
   T* preactivation;     // [rows, columns], or null
-  W* partials;          // [groups of 64 columns, rows]
+  W* partials;          // [groups of 64 columns, rows], or null
   int rows, columns, pitch, width, context, tokens;
   bool vectors;  // whether preactivation and frame_bias can be accessed 16 bytes at a time
 
@@ -78,7 +78,8 @@ struct InterpolationHeadGemm {
     int first, left;
     Vec<W, N> bias, difference;  // difference: of weight2's rows, 0 past the edge
     __device__ __forceinline__ Columns(const InterpolationHeadGemm& p, int column)
-        : first(column), left(p.columns - column), bias(widen(load_some<1, N>(p.bias + column, left))) {
+        : first(column), left(p.columns - column), bias(widen(load_some<1, N>(p.bias + column, left))), difference{} {
+      if (!p.weight2) return;
       const auto a = widen(load_some<1, N>(p.weight2 + column, left));
       const auto b = widen(load_some<1, N>(p.weight2 + p.columns + column, left));
 #pragma unroll
@@ -99,6 +100,7 @@ struct InterpolationHeadGemm {
     if (preactivation)
       store_some(preactivation + static_cast<int64_t>(row) * columns + at.first, sums, at.left, vectors);
     W total = 0;
+    if (!partials) return total;
 #pragma unroll
     for (int k = 0; k < N; ++k)
       if (k < at.left) total += gelu(sums[k]) * at.difference[k];
@@ -106,7 +108,7 @@ struct InterpolationHeadGemm {
   }
 
   __device__ __forceinline__ void store_row(int group, int row, W total) const {
-    store(partials + static_cast<int64_t>(group) * rows + row, total);
+    if (partials) store(partials + static_cast<int64_t>(group) * rows + row, total);
   }
 };
 
@@ -260,18 +262,6 @@ __global__ void __launch_bounds__(32 * kHiddenWarps, sizeof(T) == 8 ? 2 : 4)
                                });
 }
 
-// Sums of weight2_partials, which are the gradient of the first row, and less itself that of the second.
-struct StoreWeight2 {
-  void* to;  // [2, hidden]
-  DType dtype;
-  int64_t hidden;
-  template <class W>
-  __device__ __forceinline__ void operator()(int64_t i, W sum) const {
-    write(to, dtype, i, sum);
-    write(to, dtype, hidden + i, -sum);
-  }
-};
-
 // --- Host ------------------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__
 
@@ -289,6 +279,7 @@ int64_t interpolation_head_tiles(const InterpolationHeadShape& shape) {
   return shape.batch * (shape.frames / 2) * hidden_tiles(shape).tiles;
 }
 
+// features, cube, frame_bias, weight1, bias1, preactivation; weight2 and partials, or neither.
 template <class T, int V>
 void launch_hidden_forward(const InterpolationHeadForward& p) {
   const auto& s = p.shape;
@@ -319,12 +310,30 @@ void launch_hidden_forward(const InterpolationHeadForward& p) {
     launch_gemm<FmaTile<T>>(interpolation_head_fma_kernel<T, V>, "interpolation_head_fma_kernel", q, p.stream);
 }
 
-void interpolation_head_forward(const InterpolationHeadForward& p) {
+void hidden_forward(const InterpolationHeadForward& p) {
   const auto& s = p.shape;
   const auto full_width = [&](int unit) {
     return s.width % unit == 0 && s.context % unit == 0 && all_aligned(p.features, p.cube, p.weight1);
   };
   with_vectors(s.dtype, full_width, [&](auto number, auto unit) { launch_hidden_forward<decltype(number), unit>(p); });
+}
+
+void interpolation_head_preactivation(const InterpolationHeadPreactivation& p) {
+  InterpolationHeadForward q{};
+  q.shape = p.shape;
+  q.features = p.features;
+  q.cube = p.cube;
+  q.frame_bias = p.frame_bias;
+  q.weight1 = p.weight1;
+  q.bias1 = p.bias1;
+  q.preactivation = p.preactivation;
+  q.stream = p.stream;
+  hidden_forward(q);
+}
+
+void interpolation_head_forward(const InterpolationHeadForward& p) {
+  const auto& s = p.shape;
+  hidden_forward(p);
   with_dtype(s.x_dtype, [&](auto number) {
     using W = Wide<decltype(number)>;
     InterpolateForward q{};
@@ -346,9 +355,9 @@ void interpolation_head_forward(const InterpolationHeadForward& p) {
   });
 }
 
-// grad_x, grad_position and grad_difference.
+// grad_x, position_partials and grad_difference.
 template <class T>
-void interpolation_backward(const InterpolationHeadBackward& p) {
+void interpolation_backward(const InterpolationHeadBackward& p, SumList& sums) {
   using W = Wide<T>;
   const auto& s = p.shape;
   InterpolateBackward q{};
@@ -365,48 +374,50 @@ void interpolation_backward(const InterpolationHeadBackward& p) {
   q.partials = p.position_partials;
   const Differences<W> source{static_cast<const W*>(p.difference), p.grad_weights, static_cast<W*>(p.grad_difference),
                               s.dtype};
-  interpolate_backward<T>(q, s.batch, p.grad_position, source, p.stream);
+  interpolate_backward<T>(q, s.batch, p.grad_position, source, sums, p.stream);
 }
 
-// grad_preactivation, grad_frame_bias and grad_weight2.
+// grad_preactivation, frame_partials and weight2_partials.
 template <class T, int V>
 void hidden_backward(const InterpolationHeadBackward& p) {
   using W = Wide<T>;
   const auto& s = p.shape;
-  const int64_t tiles = interpolation_head_tiles(s), frames = s.batch * (s.frames / 2);
-  W* partials = static_cast<W*>(p.hidden_partials);
   HiddenBackward<T> q{};
   counted(rows_of(s), "batch · frames/2 · tokens");
   q.tokens = counted(s.tokens, "tokens");
   q.hidden = counted(s.hidden, "hidden");
   q.cut = hidden_tiles(s);
   q.column_tiles = divide_up(s.hidden, 32 * V);
-  q.frames = static_cast<unsigned>(frames);
+  q.frames = static_cast<unsigned>(s.batch * (s.frames / 2));
   q.grad_difference = static_cast<const W*>(p.grad_difference);
   q.preactivation = static_cast<const T*>(p.preactivation);
   q.weight2 = static_cast<const T*>(p.weight2);
   q.grad_preactivation = static_cast<T*>(p.grad_preactivation);
-  if (p.grad_frame_bias) q.frame_partials = partials;
-  if (p.grad_weight2) q.weight2_partials = partials + tiles * s.hidden;
-  const int shared = p.grad_frame_bias || p.grad_weight2 ? kColumnSumBytes<W, V, 2, kHiddenWarps> : 0;
+  q.frame_partials = static_cast<W*>(p.frame_partials);
+  q.weight2_partials = static_cast<W*>(p.weight2_partials);
+  const int shared = p.frame_partials || p.weight2_partials ? kColumnSumBytes<W, V, 2, kHiddenWarps> : 0;
+  const int64_t blocks = interpolation_head_tiles(s) * q.column_tiles;
   launch(interpolation_head_hidden_kernel<T, V>,
-         Launch{"interpolation_head_hidden_kernel", tiles * q.column_tiles, 32 * kHiddenWarps, shared, p.stream}, q);
-  if (p.grad_frame_bias) {
-    const StoreAs to = store_wide<W>(p.grad_frame_bias);
-    sum_partials<W>(q.frame_partials, q.cut.tiles, frames * s.hidden, to, p.stream);
-  }
-  if (p.grad_weight2)
-    sum_partials<W>(q.weight2_partials, tiles, s.hidden, StoreWeight2{p.grad_weight2, s.dtype, s.hidden}, p.stream);
+         Launch{"interpolation_head_hidden_kernel", blocks, 32 * kHiddenWarps, shared, p.stream}, q);
 }
 
 void interpolation_head_backward(const InterpolationHeadBackward& p) {
   const auto& s = p.shape;
-  with_dtype(s.x_dtype, [&](auto number) { interpolation_backward<decltype(number)>(p); });
-  if (!p.grad_preactivation) return;
-  const auto full_width = [&](int unit) {
-    return s.hidden % unit == 0 && all_aligned(p.preactivation, p.weight2, p.grad_preactivation, p.hidden_partials);
-  };
-  with_vectors(s.dtype, full_width, [&](auto number, auto unit) { hidden_backward<decltype(number), unit>(p); });
+  SumList sums(s.dtype, p.stream);
+  with_dtype(s.x_dtype, [&](auto number) { interpolation_backward<decltype(number)>(p, sums); });
+  if (p.grad_preactivation) {
+    const auto full_width = [&](int unit) {
+      return s.hidden % unit == 0 &&
+             all_aligned(p.preactivation, p.weight2, p.grad_preactivation, p.frame_partials, p.weight2_partials);
+    };
+    with_vectors(s.dtype, full_width, [&](auto number, auto unit) { hidden_backward<decltype(number), unit>(p); });
+    const int64_t frames = s.batch * (s.frames / 2), tiles = hidden_tiles(s).tiles;
+    sums.add_wide(p.grad_frame_bias, p.frame_partials, tiles, frames * s.hidden);
+    sums.add(p.grad_bias1, s.dtype, p.frame_partials, tiles * frames, s.hidden);
+    sums.add_both_signs(p.grad_weight2, s.dtype, p.weight2_partials, tiles * frames, s.hidden);
+  }
+  sums.add_both_signs(p.grad_bias2, s.dtype, p.grad_difference, rows_of(s), 1);
+  sums.launch();
 }
 
 #endif  // __CUDACC_RTC__

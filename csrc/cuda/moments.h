@@ -19,26 +19,32 @@ struct Moments {
     count = total;
   }
 
-  template <int V>
-  __device__ __forceinline__ void add(const Vec<W, V>& run) {
+  template <int N>
+  __device__ __forceinline__ void add(const Vec<W, N>& run) {
     W sum = 0, around = 0;
 #pragma unroll
-    for (int k = 0; k < V; ++k) sum += run[k];
-    sum *= static_cast<W>(1.0 / V);
+    for (int k = 0; k < N; ++k) sum += run[k];
+    sum *= static_cast<W>(1.0 / N);
 #pragma unroll
-    for (int k = 0; k < V; ++k) around += (run[k] - sum) * (run[k] - sum);
-    merge(V, sum, around);
+    for (int k = 0; k < N; ++k) around += (run[k] - sum) * (run[k] - sum);
+    merge(N, sum, around);
   }
 
-  // Lane 0 ends with the whole warp's.
-  __device__ __forceinline__ void over_warp() {
+  // All of so many neighbouring lanes end with what they have together.
+  template <int LANES>
+  __device__ __forceinline__ void over_lanes() {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
       const W others = __shfl_down_sync(0xffffffffu, count, distance);
       const W other_mean = __shfl_down_sync(0xffffffffu, mean, distance);
       const W other_squares = __shfl_down_sync(0xffffffffu, squares, distance);
       merge(others, other_mean, other_squares);
     }
+    // The first's, for all: the order of a merge shows in the last digit.
+    const int first = threadIdx.x % 32 / LANES * LANES;
+    count = __shfl_sync(0xffffffffu, count, first);
+    mean = __shfl_sync(0xffffffffu, mean, first);
+    squares = __shfl_sync(0xffffffffu, squares, first);
   }
 
   __device__ __forceinline__ W variance() const { return squares / count; }

@@ -67,7 +67,9 @@ void backward(const PairInterpolateBackward& p) {
   q.accumulate = p.accumulate;
   q.partials = p.partials;
   const Logits<S> source{p.shape.logits_dtype, p.logits, nullptr, p.grad_weights, p.grad_logits};
-  interpolate_backward<T>(q, p.shape.batch, p.grad_position, source, p.stream);
+  SumList sums(p.shape.dtype, p.stream);
+  interpolate_backward<T>(q, p.shape.batch, p.grad_position, source, sums, p.stream);
+  sums.launch();
 }
 
 // Calls f with numbers of x's type and of the softmax's.

@@ -6,62 +6,13 @@
 #include "gemm.h"
 #include "moments.h"
 #include "partial_sums.h"
+#include "token_features_activation.h"
 #include "token_features_backward.h"
 #include "token_rows.h"
 
 namespace inti::cuda {
 
 // --- Forward ---------------------------------------------------------------------------------------------------------
-
-template <class T>
-struct TokenFeaturesStatistics {
-  TokenRows<T> in;
-  int rows;
-  Wide<T> eps;
-  Wide<T>* statistics;  // [rows, 2]
-};
-
-constexpr int kStatisticsRows = 4;  // of a block, a warp each
-
-// Mean and 1/√(variance + eps) of every row, in one pass over memory: four 16-byte loads a thread are in flight.
-// 128 threads, 8 blocks an SM (64 registers): 32 warps · 32 · 48 bytes (768 channels of float16) = 48 KiB in flight.
-template <class T, int V>
-__global__ void __launch_bounds__(32 * kStatisticsRows, 8)
-    token_features_statistics_kernel(const TokenFeaturesStatistics<T> p) {
-  using W = Wide<T>;
-  constexpr int kLoads = 4;
-  const unsigned row = blockIdx.x * kStatisticsRows + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  if (row >= static_cast<unsigned>(p.rows)) return;
-  const RowPlace place(row, p.in.tokens);
-  const unsigned clip = place.frame / p.in.frames, frame = place.frame % p.in.frames;
-  const T* x = p.in.at(clip, frame, place.token);
-  const W* position = p.in.position ? p.in.position + static_cast<int64_t>(frame) * p.in.dim : nullptr;
-
-  Moments<W> moments;
-  for (int base = lane * V; base < p.in.dim; base += 32 * V * kLoads) {
-    Vec<T, V> runs[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (base + i * 32 * V < p.in.dim) runs[i] = load<V>(x + base + i * 32 * V);
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int channel = base + i * 32 * V;
-      if (channel >= p.in.dim) break;
-      auto run = widen(runs[i]);
-      if (position) {
-        const auto moved = load_wide<V>(position + channel);
-#pragma unroll
-        for (int k = 0; k < V; ++k) run[k] += moved[k];
-      }
-      moments.add(run);
-    }
-  }
-  moments.over_warp();
-  if (lane == 0)
-    store(p.statistics + 2 * static_cast<int64_t>(row),
-          Vec<W, 2>{{moments.mean, inverse_root(moments.variance() + p.eps)}});
-}
 
 template <class T, int V>
 struct TokenFeaturesGemm {
@@ -73,13 +24,15 @@ struct TokenFeaturesGemm {
   TokenRows<T> in;
   const T* norm_weight;  // [dim]
   const T* norm_bias;    // [dim]
-  const W* statistics;   // [rows, 2]
-  const T* weight;       // [columns, dim]
-  const T* bias;         // [columns]
-  T* features;           // [rows / 2 in pairs of frames, 2 · columns]
-  T* preactivation;      // [rows, columns], or null
+  W eps;
+  W* statistics;     // [rows, 2]
+  const T* weight;   // [columns, dim]
+  const T* bias;     // [columns]
+  T* features;       // [rows / 2 in pairs of frames, 2 · columns]
+  T* preactivation;  // [rows, columns], or null
   int rows, columns, pitch;
-  bool vectors;  // whether features and preactivation can be written 16 bytes at a time
+  unsigned column_tiles;  // neighbouring blocks, of the same rows
+  bool vectors;           // whether features and preactivation can be written 16 bytes at a time
 
   __device__ __forceinline__ int extent(int) const { return in.dim; }
 
@@ -100,9 +53,51 @@ struct TokenFeaturesGemm {
         const unsigned clip = place.frame / p.in.frames, frame = place.frame % p.in.frames;
         x[i] = p.in.at(clip, frame, place.token) + offset;
         position[i] = frame * p.in.dim + offset;
-        const auto statistics = load<2>(p.statistics + 2 * static_cast<int64_t>(row[i]));
-        mean[i] = statistics[0];
-        scale[i] = statistics[1];
+      }
+      measure(p, row);
+    }
+    // Mean and 1/√(variance + eps) of the rows, of which this thread and its three neighbours bring in a quarter each.
+    // Every block measures its own rows, which it then finds in a cache: a pass of its own would read x twice.
+    __device__ __forceinline__ void measure(const TokenFeaturesGemm& p, const int (&row)[COUNT]) {
+      constexpr int kStep = 4 * N, kLoads = V > 1 ? 8 : 2;  // of each row, under way
+      Moments<W> moments[COUNT];
+#pragma unroll 1
+      for (int first = 0, left = p.in.dim - channel; left > 0; first += kStep * kLoads, left -= kStep * kLoads) {
+        Packed<T> early[kLoads][COUNT];
+#pragma unroll
+        for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+          for (int i = 0; i < COUNT; ++i) early[n][i] = load_packed<V>(x[i] + (first + n * kStep), left - n * kStep);
+#pragma unroll
+        for (int n = 0; n < kLoads; ++n) {
+          const int there = left - n * kStep;
+          if (there <= 0) break;
+#pragma unroll
+          for (int i = 0; i < COUNT; ++i) {
+            auto run = widen(early[n][i].unpacked());
+            if (p.in.position) {
+              const auto moved =
+                  load_some<kWideStep<W, V>, N>(p.in.position + (position[i] + first + n * kStep), there);
+#pragma unroll
+              for (int k = 0; k < N; ++k) run[k] += moved[k];
+            }
+            if (V > 1 || there >= N) {
+              moments[i].add(run);
+            } else {
+#pragma unroll
+              for (int k = 0; k < N; ++k)
+                if (k < there) moments[i].merge(1, run[k], 0);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        moments[i].template over_lanes<4>();
+        mean[i] = moments[i].mean;
+        scale[i] = inverse_root(moments[i].variance() + p.eps);
+        if (channel == 0 && blockIdx.x % p.column_tiles == 0)
+          store(p.statistics + 2 * static_cast<int64_t>(row[i]), Vec<W, 2>{{mean[i], scale[i]}});
       }
     }
     __device__ __forceinline__ void fetch(const TokenFeaturesGemm&) {
@@ -193,28 +188,12 @@ __global__ void __launch_bounds__(WmmaTile::kThreads, WmmaTile::kBlocks<V>)
 #endif
 }
 
-// 256 threads, 2 blocks an SM (128 registers).
+// 256 threads, 3 blocks an SM (80 registers); 2 in float64 and where elements come one by one.
 template <class T, int V>
-__global__ void __launch_bounds__(FmaTile<T>::kThreads, FmaTile<T>::kBlocks)
+__global__ void __launch_bounds__(FmaTile<T>::kThreads, V > 1 && sizeof(T) < 8 ? 3 : FmaTile<T>::kBlocks)
     token_features_fma_kernel(const TokenFeaturesGemm<T, V> p) {
   fma_gemm(p);
 }
-
-// Where the sums of norm_partials go; either may be null.
-struct StoreNorm {
-  void* weight;
-  void* bias;
-  DType dtype;
-  int64_t dim;
-  template <class W>
-  __device__ __forceinline__ void operator()(int64_t i, W sum) const {
-    if (i < dim) {
-      if (weight) write(weight, dtype, i, sum);
-    } else if (bias) {
-      write(bias, dtype, i - dim, sum);
-    }
-  }
-};
 
 // --- Host ------------------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__
@@ -235,33 +214,31 @@ void launch_token_features(const TokenFeaturesForward& p) {
   const auto& s = p.shape;
   const auto in = token_rows<T>(s, p.x, p.x_strides, p.position);
   const int rows = static_cast<int>(s.batch * s.frames * s.tokens);
-  auto* statistics = static_cast<Wide<T>*>(p.statistics);
-  const TokenFeaturesStatistics<T> first{in, rows, static_cast<Wide<T>>(p.eps), statistics};
-  const int64_t blocks = (int64_t{rows} + kStatisticsRows - 1) / kStatisticsRows;
-  launch(token_features_statistics_kernel<T, V>,
-         Launch{"token_features_statistics_kernel", blocks, 32 * kStatisticsRows, 0, p.stream}, first);
-
-  TokenFeaturesGemm<T, V> second{};
-  second.in = in;
-  second.norm_weight = static_cast<const T*>(p.norm_weight);
-  second.norm_bias = static_cast<const T*>(p.norm_bias);
-  second.statistics = statistics;
-  second.weight = static_cast<const T*>(p.weight);
-  second.bias = static_cast<const T*>(p.bias);
-  second.features = static_cast<T*>(p.features);
-  second.preactivation = static_cast<T*>(p.preactivation);
-  second.rows = rows;
-  second.columns = counted(s.width, "width");
+  TokenFeaturesGemm<T, V> gemm{};
+  gemm.in = in;
+  gemm.norm_weight = static_cast<const T*>(p.norm_weight);
+  gemm.norm_bias = static_cast<const T*>(p.norm_bias);
+  gemm.eps = static_cast<Wide<T>>(p.eps);
+  gemm.statistics = static_cast<Wide<T>*>(p.statistics);
+  gemm.weight = static_cast<const T*>(p.weight);
+  gemm.bias = static_cast<const T*>(p.bias);
+  gemm.features = static_cast<T*>(p.features);
+  gemm.preactivation = static_cast<T*>(p.preactivation);
+  gemm.rows = rows;
+  gemm.columns = counted(s.width, "width");
   counted(s.width * s.dim, "width · dim");
-  second.pitch = in.dim;
-  second.vectors = s.width % (16 / sizeof(T)) == 0 && all_aligned(p.features, p.preactivation);
+  gemm.pitch = in.dim;
+  gemm.vectors = s.width % (16 / sizeof(T)) == 0 && all_aligned(p.features, p.preactivation);
   if constexpr (sizeof(T) == 2) {
     if (uses_tensor_cores<T>()) {
-      return launch_gemm<WmmaTile>(token_features_wmma_kernel<T, V>, "token_features_wmma_kernel", second, p.stream);
+      gemm.column_tiles = divide_up(s.width, WmmaTile::kColumns);
+      return launch_gemm<WmmaTile>(token_features_wmma_kernel<T, V>, "token_features_wmma_kernel", gemm, p.stream);
     }
   }
-  if constexpr (!is_float16<T>)
-    launch_gemm<FmaTile<T>>(token_features_fma_kernel<T, V>, "token_features_fma_kernel", second, p.stream);
+  if constexpr (!is_float16<T>) {
+    gemm.column_tiles = divide_up(s.width, FmaTile<T>::kColumns);
+    launch_gemm<FmaTile<T>>(token_features_fma_kernel<T, V>, "token_features_fma_kernel", gemm, p.stream);
+  }
 }
 
 void token_features_forward(const TokenFeaturesForward& p) {
@@ -282,7 +259,8 @@ void token_features_backward_activation(const TokenFeaturesBackwardActivation& p
   const auto& s = p.shape;
   const int64_t tiles = token_features_tiles(s);
   const auto full_width = [&](int unit) {
-    return s.width % unit == 0 && all_aligned(p.grad_features, p.preactivation, p.grad_preactivation, p.partials);
+    return s.width % unit == 0 && p.grad_features_pitch % unit == 0 &&
+           all_aligned(p.grad_features, p.preactivation, p.grad_preactivation, p.partials);
   };
   with_vectors(s.dtype, full_width, [&](auto number, auto unit) {
     using T = decltype(number);
@@ -293,14 +271,36 @@ void token_features_backward_activation(const TokenFeaturesBackwardActivation& p
     q.cut = token_tiles(s.batch * s.frames, s.tokens);
     q.column_tiles = divide_up(s.width, 32 * unit);
     q.grad_features = static_cast<const T*>(p.grad_features);
+    q.grad_pitch = p.grad_features_pitch;
     q.preactivation = static_cast<const T*>(p.preactivation);
     q.grad_preactivation = static_cast<T*>(p.grad_preactivation);
-    q.partials = p.grad_bias ? static_cast<W*>(p.partials) : nullptr;
+    q.partials = static_cast<W*>(p.partials);
     const int shared = q.partials ? kColumnSumBytes<W, unit, 1, kWarps> : 0;
     launch(token_features_backward_activation_kernel<T, unit>,
            Launch{"token_features_backward_activation_kernel", tiles * q.column_tiles, 32 * kWarps, shared, p.stream},
            q);
-    if (p.grad_bias) sum_partials<W>(p.partials, tiles, s.width, StoreAs{p.grad_bias, s.dtype}, p.stream);
+  });
+  SumList sums(s.dtype, p.stream);
+  sums.add(p.grad_bias, s.dtype, p.partials, tiles, s.width);
+  sums.launch();
+}
+
+void token_features_activation(const TokenFeaturesActivation& p) {
+  const auto& s = p.shape;
+  const auto full_width = [&](int unit) { return s.width % unit == 0 && all_aligned(p.preactivation, p.features); };
+  with_vectors(s.dtype, full_width, [&](auto number, auto unit) {
+    using T = decltype(number);
+    const unsigned column_tiles = divide_up(s.width, 32 * unit);
+    const TokenTiles cut = token_tiles(s.batch * s.frames, s.tokens);
+    const Activation<T> q{counted(s.tokens, "tokens"),
+                          counted(s.width, "width"),
+                          cut,
+                          column_tiles,
+                          static_cast<const T*>(p.preactivation),
+                          static_cast<T*>(p.features)};
+    const int64_t blocks = token_features_tiles(s) * column_tiles;
+    launch(token_features_activation_kernel<T, unit>,
+           Launch{"token_features_activation_kernel", blocks, 32 * kWarps, 0, p.stream}, q);
   });
 }
 
@@ -329,10 +329,10 @@ void token_features_normalize(const TokenFeaturesNormalize& p) {
 void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
   const auto& s = p.shape;
   const int64_t tiles = token_features_tiles(s);
-  const bool sums_norm = p.grad_norm_weight || p.grad_norm_bias;
   const auto full_width = [&](int unit) {
     return s.dim % unit == 0 && divides(unit, p.x_strides) &&
-           all_aligned(p.x, p.position, p.norm_weight, p.grad_normalized, p.grad_x, p.partials);
+           all_aligned(p.x, p.position, p.norm_weight, p.grad_normalized, p.grad_x, p.norm_partials,
+                       p.position_partials);
   };
   with_vectors(s.dtype, full_width, [&](auto number, auto unit) {
     using T = decltype(number);
@@ -344,23 +344,25 @@ void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
     q.statistics = static_cast<const W*>(p.statistics);
     q.grad_normalized = static_cast<const T*>(p.grad_normalized);
     q.grad_x = static_cast<T*>(p.grad_x);
-    q.accumulate = p.accumulate;
-    W* partials = static_cast<W*>(p.partials);
-    if (sums_norm) q.norm_partials = partials;
-    if (p.grad_position) q.position_partials = partials + tiles * 2 * s.dim;
-    const int terms = 4 * kTileTokens * static_cast<int>(sizeof(W));
-    const int shared = terms + (partials ? 2 * kColumnSumBytes<W, unit, 3, kWarps> : 0);
+    q.accumulate = p.accumulate && p.grad_x;
+    q.norm_partials = static_cast<W*>(p.norm_partials);
+    q.position_partials = static_cast<W*>(p.position_partials);
+    constexpr int most = (kNormSharedBytes - kNormTermBytes<T>) / kNormColumnBytes<T> / unit * unit;
+    q.column_tiles = divide_up(s.dim, most);
+    q.slab = divide_up(divide_up(s.dim, q.column_tiles), unit) * unit;
+    const int shared = kNormTermBytes<T> + kNormColumnBytes<T> * q.slab;
     launch(token_features_backward_norm_kernel<T, unit>,
-           Launch{"token_features_backward_norm_kernel", tiles, 32 * kWarps, shared, p.stream}, q);
-    if (sums_norm) {
-      const StoreNorm to{p.grad_norm_weight, p.grad_norm_bias, s.dtype, s.dim};
-      sum_partials<W>(q.norm_partials, tiles, 2 * s.dim, to, p.stream);
-    }
-    if (p.grad_position) {
-      const StoreAs to = store_wide<W>(p.grad_position);
-      sum_partials<W>(q.position_partials, s.batch * q.cut.tiles, s.frames * s.dim, to, p.stream);
-    }
+           Launch{"token_features_backward_norm_kernel", tiles * q.column_tiles, 32 * kNormWarps, shared, p.stream}, q);
   });
+  SumList sums(s.dtype, p.stream);
+  if (p.norm_partials) {
+    const int64_t dim = s.dim;
+    const void* of_bias = SumList::element(p.norm_partials, wide_dtype(s.dtype), dim);
+    sums.add({p.norm_partials, tiles, 2 * dim, dim, dim, dim, p.grad_norm_weight, s.dtype, false, false});
+    sums.add({of_bias, tiles, 2 * dim, dim, dim, dim, p.grad_norm_bias, s.dtype, false, false});
+  }
+  sums.add_wide(p.grad_position, p.position_partials, tiles / s.frames, s.frames * s.dim);
+  sums.launch();
 }
 
 #endif  // __CUDACC_RTC__

@@ -158,7 +158,7 @@ class Machine {
       reset_fibers();
       std::rethrow_exception(std::exchange(error_, nullptr));
     }
-    if (recording) recorder.settle_shared();
+    if (recording) recorder.settle();
   }
 
   // --- Whose turn it is ----------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Machine {
     const int warps = (grid_.threads + warp_lanes - 1) / warp_lanes;
     if (arrived_) {
       races_.next_epoch();
-      if (recording) recorder.settle_shared();
+      if (recording) recorder.settle();
     }
     arrived_ = 0;
     for (int i = 0; i < warps; ++i) {
@@ -291,7 +291,7 @@ class Machine {
     std::fill(fiber_of_, fiber_of_ + most_threads, nullptr);
     arrived_ = 0;
     for (Warp& warp : warps_) warp.at_barrier = 0;
-    if (recording) recorder.settle_shared();
+    if (recording) recorder.settle();
   }
 
   static void enter();

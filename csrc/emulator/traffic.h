@@ -11,8 +11,8 @@
 
 namespace inti::emulator {
 
-// The distinct 32-byte sectors of global memory that a block touched, in the order of first touch. One that was both
-// read and written is there twice.
+// The 32-byte sectors of global memory that a block touched, in the order of first touch; distinct between two barriers.
+// One that was both read and written there is there twice.
 struct BlockTraffic {
   std::vector<uint64_t> sectors;  // address / 32
   std::vector<bool> written;      // beside each: written or read
@@ -111,7 +111,8 @@ class Recorder {
     of_site.accesses[time].offset[lane] = offset;
   }
   // At a barrier and at the end of a block.
-  void settle_shared() {
+  void settle() {
+    seen_.clear();
     for (const auto& [where, site] : pending_) {
       for (const Accesses& accesses : site.accesses) add(accesses);
     }

@@ -14,7 +14,6 @@ import warnings
 from collections import Counter
 from importlib import import_module
 from types import ModuleType, TracebackType
-from typing import NamedTuple
 
 import torch
 
@@ -24,23 +23,26 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 HAS_KERNEL: dict[str, tuple[str, ...]] = {
     "pair_interpolate": ("cpu", "triton", "cuda"),
     "depthwise_conv3d": ("cpu", "triton", "cuda"),
-    "token_features": ("cuda",),
-    "interpolation_head": ("cuda",),
+    "token_features": ("cpu", "triton", "cuda"),
+    "interpolation_head": ("cpu", "triton", "cuda"),
 }
+# The whole module is a chain of the others.
+HAS_KERNEL["inti"] = HAS_KERNEL["token_features"]
 # What the CUDA kernels are tuned for; from 8.0 on Triton's compiler knows more of the GPU than they do.
 TRITON_FIRST = (8, 0)
 # Ops whose kernels compute matrix products.
-HAS_PRODUCTS = ("token_features", "interpolation_head")
+HAS_PRODUCTS = ("token_features", "interpolation_head", "inti")
 
 # (op or op_backward, backend) -> how often that implementation ran. This says what really executed, `auto` or not.
 executed: Counter[tuple[str, str]] = Counter()
 
-_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton.{op}", "cuda": "cuda.{op}"}
+_MODULES = {"reference": "reference", "cpu": "cpu.{op}", "triton": "triton.{op}", "cuda": "cuda.{op}"}
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _active = os.environ.get("INTI_BACKEND") or "auto"
 _noted: set[str] = set()
-# What can run once can run always (a missing module may yet be built): (candidates, device, dtype) -> backend.
-_usable: dict[tuple[tuple[str, ...], torch.device, torch.dtype], str] = {}
+# What can run once can run always (a missing module may yet be built): (what was asked for, or auto's candidates,
+# device, dtype) -> backend.
+_usable: dict[tuple[str | tuple[str, ...], torch.device, torch.dtype], str] = {}
 _counting = threading.Lock()
 
 
@@ -102,39 +104,6 @@ def resolve(op: str, backend: str | None, x: torch.Tensor) -> str:
     return "reference" if _first_that_can(op, _in_order(op, x.device), x) == "reference" else "auto"
 
 
-def resolve_or_plain(op: str, backend: str | None, x: torch.Tensor) -> str:
-    """As :func:`resolve`, for an op that is a plain PyTorch expression where a backend has no kernel for it:
-    "reference" then, counted here. An explicit backend must still be one that can run.
-
-    What `auto` takes is settled at once, in traced code too: tracing sees into the expression, and compiles it.
-    """
-    if runs_kernel(op, backend, x):
-        backend = requested(backend)
-        return _auto(op, x.device, x.dtype) if backend == "auto" else backend
-    if (asked := requested(backend)) not in ("auto", "reference") and not torch.compiler.is_compiling():
-        _explicit(op, asked, x)
-    count_reference(op)
-    return "reference"
-
-
-def runs_kernel(op: str, backend: str | None, x: torch.Tensor) -> bool:
-    """Whether an op asked for on a backend would be a kernel, and not the reference, for tokens like x."""
-    backend = requested(backend)
-    if backend == "auto":
-        return not x.is_meta and _auto(op, x.device, x.dtype) != "reference"
-    return backend in HAS_KERNEL[op]
-
-
-def _auto(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What `auto` takes for tokens of a device and dtype, where plain PyTorch is no fallback but as good as any: said
-    where a kernel was to be expected, on a GPU."""
-    return _first_that_can(op, _in_order(op, device), _Like(device, dtype)) if device.type == "cuda" else "reference"
-
-
-# What torch.compiler.assume_constant_result does, less its import of all of Dynamo.
-_auto._dynamo_marked_constant = True
-
-
 def why_not(
     backend: str, op: str | None = None, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[str]:
@@ -177,6 +146,11 @@ def why_not(
     return reasons + (native.why_not_native() or native.why_not_isa())
 
 
+def settle(op: str, backend: str, x: torch.Tensor) -> str:
+    """The backend that runs an op on tokens like x; RuntimeError where one that was chosen explicitly can't."""
+    return _first_that_can(op, _in_order(op, x.device), x) if backend == "auto" else _explicit(op, backend, x)
+
+
 def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "forward") -> ModuleType:
     """The module that runs an op on tokens like x; counted in ``executed``.
 
@@ -190,16 +164,15 @@ def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "
         RuntimeError: the backend was chosen explicitly and can't run; the message lists the reasons, and those of the
             other backends.
     """
-    chosen = _first_that_can(op, _in_order(op, x.device), x) if backend == "auto" else _explicit(op, backend, x)
-    _count(op if direction == "forward" else f"{op}_backward", chosen)
+    chosen = count(op if direction == "forward" else f"{op}_backward", op, backend, x)
     return import_module(f"{__name__}.{_MODULES[chosen].format(op=op)}")
 
 
-class _Like(NamedTuple):
-    """What there is to know of tokens for the choice of a backend."""
-
-    device: torch.device
-    dtype: torch.dtype
+def count(counted: str, op: str, backend: str, x: torch.Tensor) -> str:
+    """Counts that an op (under ``counted``, it or its backward) runs on what :func:`settle` gives; returns that."""
+    chosen = settle(op, backend, x)
+    _count(counted, chosen)
+    return chosen
 
 
 def _in_order(op: str, device: torch.device) -> tuple[str, ...]:
@@ -214,7 +187,7 @@ def _is_newer_than_turing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= TRITON_FIRST
 
 
-def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor | _Like) -> str:
+def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> str:
     key = (candidates, x.device, x.dtype)
     if key in _usable:
         return _usable[key]
@@ -239,7 +212,7 @@ def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor | _Lik
 
 
 def _explicit(op: str, backend: str, x: torch.Tensor) -> str:
-    key = ((backend,), x.device, x.dtype)
+    key = (backend, x.device, x.dtype)
     if key in _usable:
         return backend
     if reasons := why_not(backend, op, device=x.device, dtype=x.dtype):

@@ -63,6 +63,59 @@ def expect_convolution(
         )
 
 
+def expect_token_features(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None
+) -> None:
+    """`expect` for token_features; the tokens and their LayerNorm may be of another dtype than the Linear."""
+    _, frames, _, dim = x.shape
+    width = weight.shape[0]
+    expect(
+        x,
+        (norm_weight, (dim,)),
+        (norm_bias, (dim,)),
+        (weight, (width, dim)),
+        (bias, (width,)),
+        (position, (frames, dim)),
+    )
+    expect_one_dtype(weight, bias)
+    _expect_float64_in_all_or_none(x, weight)
+
+
+def expect_interpolation_head(
+    features: Tensor,
+    cube: Tensor | None,
+    frame_context: Tensor | None,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    position: Tensor | None,
+) -> None:
+    """`expect` for interpolation_head; x may be of another dtype than the network."""
+    batch, frames, tokens, dim = x.shape
+    pairs, (hidden, width) = (batch, frames // 2, tokens), weight1.shape
+    context = width - features.shape[-1]
+    expect(
+        x,
+        (features, (*pairs, features.shape[-1])),
+        (cube, (*pairs, context)),
+        (frame_context, (*pairs[:2], context)),
+        (weight1, (hidden, features.shape[-1] + (context if cube is not None or frame_context is not None else 0))),
+        (bias1, (hidden,)),
+        (weight2, (2, hidden)),
+        (bias2, (2,)),
+        (position, (frames, dim)),
+    )
+    expect_one_dtype(features, cube, frame_context, weight1, bias1, weight2, bias2)
+    _expect_float64_in_all_or_none(x, features)
+
+
+def _expect_float64_in_all_or_none(x: Tensor, network: Tensor) -> None:
+    if wide_dtype(network) != wide_dtype(x):
+        raise ValueError(f"expected float64 for x and the network, or for neither, got {x.dtype} and {network.dtype}")
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What kernels compute x's dtype in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import functional
@@ -78,12 +79,18 @@ def token_features_forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    features = functional.token_features(x, norm_weight, norm_bias, weight, bias, position, eps=eps)
-    batch, frames, tokens, _ = x.shape
-    # Nothing of this is needed by the backward below; the shapes are those of the op.
-    kept = (batch, frames, tokens) if keep else (0,)
-    statistics = x.new_zeros((*kept, 2) if keep else kept, dtype=wide_dtype(x))
-    return features.contiguous(), statistics, x.new_zeros((*kept, weight.shape[0]) if keep else kept)
+    x = functional.add_position(x, position)
+    preactivation = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias)
+    features = token_features_activation(preactivation)
+    if not keep:
+        return features, x.new_empty(0), x.new_empty(0)
+    # The backward below has no use for statistics of its own.
+    return features, x.new_zeros((*x.shape[:3], 2), dtype=wide_dtype(x)), preactivation
+
+
+def token_features_activation(preactivation: Tensor) -> Tensor:
+    frames = F.gelu(preactivation)
+    return torch.cat((frames[:, 0::2], frames[:, 1::2]), dim=-1)
 
 
 def token_features_backward(
@@ -108,13 +115,19 @@ def token_features_backward(
 
 
 def interpolation_head_forward(*inputs_and_keep: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, keep = inputs_and_keep
-    z, weights = functional.interpolation_head(*inputs)
-    features, weight1 = inputs[0], inputs[4]
-    pairs = features.shape[:3]
-    difference = features.new_zeros(pairs if keep else (0,), dtype=wide_dtype(features))
-    preactivation = features.new_zeros((*pairs, weight1.shape[0]) if keep else (0,))
-    return z.contiguous(), weights.contiguous(), difference, preactivation
+    features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep = inputs_and_keep
+    preactivation = interpolation_head_preactivation(features, cube, frame_context, weight1, bias1)
+    logits = F.linear(F.gelu(preactivation), weight2, bias2)
+    z, weights = pair_interpolate_forward(x, logits, position)
+    if not keep:
+        return z, weights, features.new_empty(0, dtype=wide_dtype(features)), features.new_empty(0)
+    return z, weights, (logits[..., 0] - logits[..., 1]).to(wide_dtype(features)), preactivation
+
+
+def interpolation_head_preactivation(
+    features: Tensor, cube: Tensor | None, frame_context: Tensor | None, weight1: Tensor, bias1: Tensor
+) -> Tensor:
+    return F.linear(functional.head_inputs(features, cube, frame_context), weight1, bias1)
 
 
 def interpolation_head_backward(

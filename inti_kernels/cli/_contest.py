@@ -12,8 +12,8 @@ import torch
 
 from .. import testing
 from ._coverage import watch
-from ._stopwatch import COMPILE, EAGER, FLOOR, FUSED, Measured, Task, measure
-from ._timing import WARM_UP, autograd_contender, by_mode, quantiles
+from ._stopwatch import COMPILE, EAGER, FLOOR, Measured, Task, measure
+from ._timing import autograd_contender, by_mode, quantiles
 
 if TYPE_CHECKING:
     from ..benchmarks.workload import Outputs, Workload
@@ -40,7 +40,8 @@ class Entry:
 
 def ticks(task: Task) -> int:
     """How often `contest` calls its ``tick``, if all contenders pass."""
-    return len(task.contenders) * (WARM_UP + task.repeats) + 2 + (COMPILE in task.contenders)
+    kernels = len(set(task.contenders) - {EAGER, COMPILE, FLOOR})
+    return len(task.contenders) * (task.warm_up + task.repeats) + 1 + kernels + (COMPILE in task.contenders)
 
 
 def contest(
@@ -58,14 +59,14 @@ def contest(
     Returns:
         Rows of plain data, for every contender and mode; figures of time are None where nothing was timed.
     """
-    entries = {EAGER: Entry(workload.bind(workload.reference))}
+    entries = {EAGER: Entry(workload.bind(workload.reference))}  # the bounds' measure, whether it is timed or not
     if COMPILE in task.contenders:
         tick(f"{workload.name}: torch.compile")
         entries[COMPILE] = _compile(workload)
-    entries[FUSED] = Entry(workload.bind(workload.fused))
-    _verify(workload, small, entries, tick)
-    if FLOOR in task.contenders:
-        entries[FLOOR] = Entry(entries[EAGER].run)
+    entries |= {n: Entry(workload.bind(run)) for n, run in workload.kernels.items() if n in task.contenders}
+    verify(workload, small, entries, tick)
+    entries[FLOOR] = Entry(entries[EAGER].run)
+    entries = {name: entries[name] for name in task.contenders}
     passed = tuple(name for name, entry in entries.items() if entry.status == "ok")
     measured = measure(replace(task, contenders=passed), lambda name: tick(f"{workload.name}: {name}"), kept_heap)
     return _rows(workload, entries, measured)
@@ -85,8 +86,13 @@ def _compile(workload: Workload) -> Entry:
     return entry
 
 
-def _verify(workload: Workload, small: Workload, entries: dict[str, Entry], tick: Callable[[str], None]) -> None:
-    """Compares every contender but eager PyTorch, which is what the bounds are made of, on the tensors to be timed."""
+def verify(workload: Workload, small: Workload, entries: dict[str, Entry], tick: Callable[[str], None]) -> None:
+    """Compares every contender but eager PyTorch, which is what the bounds are made of, on the tensors to be timed.
+
+    Args:
+        workload, small, tick: as in `contest`.
+        entries: by name, EAGER among them; what is found out is written into them.
+    """
     tick(f"{workload.name}: reference in float64")
     upstreams = [testing.Upstream(seed) for seed in range(DRAWS)]
     plain = _runs(workload, entries[EAGER].run, upstreams)
@@ -95,7 +101,8 @@ def _verify(workload: Workload, small: Workload, entries: dict[str, Entry], tick
     for name, entry in entries.items():
         if name == EAGER or entry.status != "ok":
             continue
-        if name == FUSED:
+        ours = name in workload.kernels
+        if ours:
             tick(f"{workload.name}: verifying {name}")
         try:
             with watch(workload.name) as ran:
@@ -104,19 +111,19 @@ def _verify(workload: Workload, small: Workload, entries: dict[str, Entry], tick
             entry.status, entry.note = "FAIL", f"{type(error).__name__}: {error}"
             continue
         rows = [row for row in _compared(workload, kernel, plain, exact) if row.name not in few]
-        if name == FUSED:
+        if ours:
             entry.executed, entry.note = str(ran), ran.note
             entry.status = "ok" if ran.covered else "not covered"
-            rows += _compared_small(small, few) if few else []
+            rows += _compared_small(small, name, few) if few else []
         entry.used = max(row.used for row in rows)
-        if failed := [row for row in rows if not (row.ok if name == FUSED else row.used <= COMPILE_SLACK)]:
+        if failed := [row for row in rows if not (row.ok if ours else row.used <= COMPILE_SLACK)]:
             entry.status, entry.note = "FAIL", "; ".join(f"{row.name}: {row.note}" for row in failed)
 
 
-def _compared_small(small: Workload, few: set[str]) -> list[testing.Comparison]:
+def _compared_small(small: Workload, name: str, few: set[str]) -> list[testing.Comparison]:
     """The gradients of a few numbers, over enough draws to tell rounding errors apart."""
     upstreams = [testing.Upstream(seed) for seed in range(testing.enough_draws(small.leaves.values()))]
-    kernel, plain = (_runs(small, small.bind(function), upstreams) for function in (small.fused, small.reference))
+    kernel, plain = (_runs(small, small.bind(f), upstreams) for f in (small.kernels[name], small.reference))
     exact = [small.exact(upstream) for upstream in upstreams]
     return [row for row in _compared(small, kernel, plain, exact) if row.name in few]
 
@@ -132,12 +139,12 @@ def _compared(workload: Workload, *runs: list[testing.Rows]) -> list[testing.Com
 
 def _rows(workload: Workload, entries: Mapping[str, Entry], measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
     with torch.no_grad():
-        work = workload.work(entries[EAGER].run())
+        work = workload.work(workload.bind(workload.reference)())
     rows = []
     for mode, least in work.items():
         seconds = {name: by_mode(found.steps)[mode] for name, found in measured.items()}
         medians = {name: quantiles(values)[1] for name, values in seconds.items()}
-        best = min(medians[name] for name in (EAGER, COMPILE) if name in medians)
+        best = min((medians[name] for name in (EAGER, COMPILE) if name in medians), default=None)
         for name, entry in entries.items():
             row: dict[str, Any] = {"op": workload.name, "mode": mode, "contender": name, "executed": entry.executed}
             row |= {"status": entry.status, "note": entry.note, "share_of_bound": entry.used}
@@ -150,7 +157,8 @@ def _rows(workload: Workload, entries: Mapping[str, Entry], measured: Mapping[st
                 row |= zip(("ms_20", "ms_50", "ms_80"), (1e3 * q for q in quantiles(seconds[name])), strict=True)
                 row |= {"rounds": len(found.steps), "kept_bytes": found.kept_bytes, "peak_bytes": found.peak_bytes}
                 row |= {"page_faults": statistics.median_low(step.page_faults for step in found.steps)}
-                row |= {"speedup_eager": medians[EAGER] / median, "speedup_best": best / median}
+                if EAGER in medians:
+                    row |= {"speedup_eager": medians[EAGER] / median, "speedup_best": best / median}
                 if name != FLOOR:  # its work is another
                     row |= {"gb_per_s": least.bytes / median / 1e9, "gflop_per_s": 2 * least.macs / median / 1e9}
                 if FLOOR in medians:

@@ -1,13 +1,16 @@
-"""Bytes that a forward keeps for its backward."""
+"""Bytes that a forward keeps for its backward: as autograd tells it, and as PyTorch's allocator does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass
@@ -51,3 +54,26 @@ def kept_for_backward(own: Iterable[Tensor], inside: Iterable[nn.Module] = ()) -
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class Allocated(NamedTuple):
+    """What a call took from PyTorch's allocator beyond its outputs, in bytes."""
+
+    live: int  # that is still taken while the outputs are alive
+    peak: int  # the most at once
+
+
+def allocated_by(function: Callable[[], Tensor | tuple[Tensor, ...]]) -> Allocated:
+    """Calls a function on CPU tensors under torch.profiler, and adds up its memory records.
+
+    Unlike `kept_for_backward` this sees what is kept in any way: a tensor as an attribute of ctx, one in a cache. What
+    a function keeps from its first call on, whoever calls it, is counted if this is the first.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs: Any = function()
+    events = profiler.profiler.kineto_results.events()
+    records = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    taken = list(itertools.accumulate(event.nbytes() for event in records)) or [0]
+    storages = [tensor.untyped_storage() for tensor in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
+    own = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    return Allocated(taken[-1] - own, max(taken) - own)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import FusedInTI
 from ._clip import VideoTower
 
 
@@ -17,21 +19,27 @@ def count_macs(model: nn.Module, *inputs: Tensor) -> int:
     """Multiply-accumulates of matrix products, convolutions and attention's two products in a forward of `model`.
 
     The convention of fvcore and of the papers that print "GFLOPs": element-wise work isn't counted. Nothing is
-    computed: for the count, parameters and inputs are tensors without data, on which attention is two plain products.
+    computed: for the count, parameters and inputs are tensors without data, on which attention is two plain products,
+    and a FusedInTI is the InTI that it stands for: every tap of a convolution at every output, on the padding too.
     """
-    mapping = {torch.ops.inti_kernels.depthwise_conv3d: _depthwise_conv3d_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     shapes = {name: tensor.to("meta") for name, tensor in tensors}
-    with torch.no_grad(), counter:
+    with torch.no_grad(), _as_reference(model), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, shapes, tuple(tensor.to("meta") for tensor in inputs))
     return counter.get_total_flops() // 2
 
 
-def _depthwise_conv3d_flops(x: torch.Size, weight: torch.Size, *arguments: object, out_shape: torch.Size) -> int:
-    """As PyTorch counts a convolution: every tap at every output, those on the padding too."""
-    height, width = arguments[2]
-    return 2 * out_shape[0] * out_shape[1] * height * width * math.prod(weight)
+@contextmanager
+def _as_reference(model: nn.Module) -> Iterator[None]:
+    """Every FusedInTI in the model is plain PyTorch while the context is open."""
+    backends = {module: module.backend for module in model.modules() if isinstance(module, FusedInTI)}
+    try:
+        for module in backends:
+            module.backend = "reference"
+        yield
+    finally:
+        for module, backend in backends.items():
+            module.backend = backend
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ._kept import kept_for_backward
-from ._timing import Contender, Step, autograd_contender, interleave, peak_bytes
+from ._timing import WARM_UP, Contender, Step, autograd_contender, interleave, peak_bytes
 
-EAGER, COMPILE, FUSED, FLOOR = "eager", "compile", "fused", "floor"
+EAGER, COMPILE, FUSED, RECOMPUTE, FLOOR = "eager", "compile", "fused", "recompute", "floor"
+# Not a workload of benchmarks/ but a whole model (_towers.py).
+MODEL = "model"
 # glibc then keeps what it has got, as the allocators do that PyTorch's tuning guide recommends.
 KEPT_HEAP = {"MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000000"}
 
@@ -32,7 +35,7 @@ class TimingFailed(RuntimeError):
 class Task:
     """What to time; plain data, so that it can be handed to another process."""
 
-    workload: str
+    workload: str  # one of benchmarks.WORKLOADS, or MODEL
     sizes: Mapping[str, Any]
     dtype: str
     device: str
@@ -40,6 +43,7 @@ class Task:
     contenders: tuple[str, ...]
     repeats: int
     threads: int
+    warm_up: int = WARM_UP
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def measure(task: Task, tick: Callable[[str], None], kept_heap: bool = False) ->
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("tick "):
-                tick(line.split()[1])
+                tick(line.removeprefix("tick ").strip())
             last = line
     if process.returncode:
         raise TimingFailed(f"the process that times {task.workload} ended with status {process.returncode}")
@@ -83,10 +87,11 @@ def main() -> None:
     torch.set_num_threads(task.threads)
     device = torch.device(task.device)
     contenders, leaves = _contenders(task, device)
-    rounds = interleave(contenders, task.repeats, device, lambda name: print("tick", name, flush=True))
+    tick = partial(print, "tick", flush=True)
+    rounds = interleave(contenders, task.repeats, device, tick, task.warm_up)
     found = {}
     for name, contender in contenders.items():
-        kept = _kept_bytes(contender, leaves) if name in (EAGER, FUSED) else None
+        kept = _kept_bytes(contender, leaves) if name in (EAGER, FUSED, RECOMPUTE) else None
         found[name] = {"steps": rounds[name], "bytes": (kept, peak_bytes(contender, device))}
     print(json.dumps(found))
 
@@ -100,6 +105,10 @@ def _kept_bytes(contender: Contender, leaves: list[torch.Tensor]) -> int:
 
 
 def _contenders(task: Task, device: torch.device) -> tuple[dict[str, Contender], list[torch.Tensor]]:
+    if task.workload == MODEL:
+        from ._towers import contenders
+
+        return contenders(task, device), []
     from ..benchmarks import Sizes, load
     from ..benchmarks.floor import Floor
 
@@ -113,7 +122,7 @@ def _contenders(task: Task, device: torch.device) -> tuple[dict[str, Contender],
             floor = Floor(sizes, dtype, device)
             contenders[name] = Contender(floor.forward, lambda _, floor=floor: floor.backward())
             continue
-        function = workload.fused if name == FUSED else workload.reference
+        function = workload.kernels.get(name, workload.reference)
         contenders[name] = autograd_contender(
             workload.bind(torch.compile(function) if name == COMPILE else function), leaves
         )

@@ -5,8 +5,10 @@ Traffic is counted in sectors of 32 bytes, what a GPU reads and writes memory by
 
 * ``traffic``: each program's (of CUDA, each block's) distinct sectors, read and written, summed over the programs, over
   the least possible bytes, every input read once and every output written once. No cache is assumed but the program's.
-* ``through_l2``: what reaches memory behind an L2 of 6 MiB (V100's), kept by least recent use, the programs one after
-  the other in launch order, over the same least bytes.
+* ``through_l2``: what reaches memory behind an L2 of 6 MiB (V100's), kept by least recent use, over the same least
+  bytes. It is empty when a pass begins, and each launch finds what those before have left. Programs come one after the
+  other in launch order; CUDA's blocks, of which it is known how they fit on V100, in turns with all that run with them,
+  and what they read again after a barrier counts again. Partial sums are in what reaches memory, and not in the least.
 
 Says nothing of time. `bench` prints the figures beside times of the triton backend; for them `count` runs in a process
 of its own, since TRITON_INTERPRET is read when a kernel is defined:
@@ -20,23 +22,27 @@ import json
 import os
 import subprocess
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..ops.depthwise_conv3d import CASES
-from ..testing import op_cases
+from ._passes import Part, passes
 
-MEMORY_BOUND = ("pair_interpolate", "depthwise_conv3d")  # the ops whose traffic says how fast they can be
+# The ops whose passes are counted. Of triton the ones whose traffic says how fast they can be.
+COUNTED = {
+    "triton": ("pair_interpolate", "depthwise_conv3d"),
+    "cuda": ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head"),
+}
 SECTOR = 32
 L2_BYTES = 6 << 20
+MULTIPROCESSORS, SHARED_BYTES, THREADS = 80, 96 << 10, 512  # V100's; threads of 128 registers that fit on one
+TURN = 32  # sectors that a block touches before it is the next one's turn
 SIZES: dict[str, Any] = {"dim": 768, "frames": 16, "grid": (14, 14), "batch": 1, "prefix": 1}
 
 
@@ -58,6 +64,15 @@ class Program:
 
     read: dict[int, None] = field(default_factory=dict)
     written: dict[int, None] = field(default_factory=dict)
+    order: list[tuple[int, bool]] = field(default_factory=list)  # every touch, and whether it writes; if that is known
+
+    def touches(self) -> Iterator[tuple[int, bool]]:
+        """All of them in order; where that isn't known, reads come first."""
+        if self.order:
+            yield from self.order
+        else:
+            yield from ((sector, False) for sector in self.read)
+            yield from ((sector, True) for sector in self.written)
 
     def moved(self, shifts: Sequence[tuple[int, int, int]]) -> Program:
         """The same accesses elsewhere.  shifts: (first address, last address, by how many bytes) of each tensor."""
@@ -74,17 +89,31 @@ class Program:
 
 @dataclass
 class Launched:
-    """One launch: its programs in launch order."""
+    """One launch: its programs in launch order, and how many run at the same time."""
 
     kernel: str
     programs: list[Program]
+    together: int = 1
+
+    def touches(self) -> Iterator[tuple[int, bool]]:
+        """Those of the programs that run at the same time in turns; the next program begins where one has ended."""
+        waiting = (program.touches() for program in self.programs)
+        running = deque(islice(waiting, self.together))
+        while running:
+            program = running.popleft()
+            turn = list(islice(program, TURN))
+            yield from turn
+            if len(turn) == TURN:
+                running.append(program)
+            else:
+                running.extend(islice(waiting, 1))
 
 
 def count(op: str, dtype: torch.dtype, *, backend: str = "triton", every: bool = False, **sizes: Any) -> list[Traffic]:
     """The traffic of every pass of an op.
 
     Args:
-        op: pair_interpolate or depthwise_conv3d.
+        op: one of COUNTED[backend].
         dtype: of every tensor.
         backend: "triton", in a process with TRITON_INTERPRET=1, or "cuda", where INTI_CUDA_LIBRARY names the emulator.
         every: run every program. By default, where blocks of channels of a Triton kernel do the same at other channels,
@@ -95,13 +124,22 @@ def count(op: str, dtype: torch.dtype, *, backend: str = "triton", every: bool =
         RuntimeError: the emulator isn't there.
     """
     rows = []
-    for case, stage, least, call in _stages(op, dtype, {**SIZES, **sizes}, backend):
+    for one in passes(op, dtype, {**SIZES, **sizes}, backend):
         with recorded(every) if backend == "triton" else emulated() as launches:
-            call()
-        total = sum(len(p.read) + len(p.written) for launch in launches for p in launch.programs) * SECTOR
-        behind = through_l2(launches) * SECTOR
-        rows.append(Traffic(op, case, stage, len(launches[0].programs), total / least, behind / least))
+            one.call()
+        for part, its in _by_part(one.parts, launches):
+            total = sum(len(p.read) + len(p.written) for launch in its for p in launch.programs) * SECTOR
+            behind = through_l2(its) * SECTOR
+            programs = len(its[0].programs)
+            rows.append(Traffic(op, one.case, part.stage, programs, total / part.least, behind / part.least))
     return rows
+
+
+def _by_part(parts: Sequence[Part], launches: list[Launched]) -> Iterator[tuple[Part, list[Launched]]]:
+    """Each part with its launches: from its first kernel to the next part's."""
+    starts = [next(i for i, launch in enumerate(launches) if launch.kernel.startswith(part.first)) for part in parts]
+    for part, start, end in zip(parts, starts, [*starts[1:], len(launches)], strict=True):
+        yield part, launches[start:end]
 
 
 def count_elsewhere(op: str, dtype: torch.dtype, **sizes: Any) -> list[Traffic]:
@@ -140,52 +178,9 @@ def through_l2(launches: Sequence[Launched], capacity: int = L2_BYTES // SECTOR)
             moved += cache.popitem(last=False)[1]
 
     for launch in launches:
-        for program in launch.programs:
-            for sector in program.read:
-                touch(sector, False)
-            for sector in program.written:
-                touch(sector, True)
+        for sector, written in launch.touches():
+            touch(sector, written)
     return moved + sum(cache.values())
-
-
-def _stages(
-    op: str, dtype: torch.dtype, sizes: Mapping[str, Any], backend: str
-) -> Iterator[tuple[str, str, int, Callable[[], object]]]:
-    """(case, stage, least bytes, call) of every pass."""
-    kernels = import_module(f"{backends.__name__}.{backend}.{op}")
-
-    def least(*tensors: Tensor) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    if op == "pair_interpolate":
-        x, logits, position = op_cases(op, dtype=dtype, **sizes).inputs.values()
-        z, both, needs = x[:, ::2].contiguous(), 2 * least(x, logits, position), (True,) * 3
-        yield (
-            "", "forward", least(x, logits, position, z, logits),
-            lambda: kernels.pair_interpolate_forward(x, logits, position),
-        )  # fmt: skip
-        yield (
-            "", "backward", least(z, logits) + both,
-            lambda: kernels.pair_interpolate_backward(z, logits, x, logits, position, needs, None),
-        )  # fmt: skip
-        return
-    for kernel, stride in CASES:
-        inputs, kwargs = op_cases(op, dtype=dtype, kernel=kernel, temporal_stride=stride, **sizes)
-        x, weight, bias, position = inputs.values()
-        arguments = (x, weight, bias, position, kwargs["grid"], stride, sizes["prefix"])
-        case, y = f"{'×'.join(map(str, kernel))} / {stride}", x[:, ::stride].clone()
-
-        def backward(*needs: bool, y: Tensor = y, arguments: tuple[Any, ...] = arguments) -> Callable[[], object]:
-            return lambda: kernels.depthwise_conv3d_backward(y, *arguments, needs, None)
-
-        yield (
-            case, "forward", least(x, weight, bias, position, y),
-            lambda arguments=arguments: kernels.depthwise_conv3d_forward(*arguments),
-        )  # fmt: skip
-        yield case, "backward to x, position", least(y, weight, x, position), backward(True, False, False, True)
-        yield (
-            case, "backward to weight, bias", least(x, y, position, weight, bias), backward(False, True, True, False),
-        )  # fmt: skip
 
 
 @contextmanager
@@ -209,8 +204,10 @@ def emulated() -> Iterator[list[Launched]]:
                 program = Program()
                 for sector, write in zip(memoryview(sectors).cast("Q"), written, strict=True):
                     (program.written if write else program.read)[sector] = None
+                    program.order.append((sector, bool(write)))
                 programs.append(program)
-            launches.append(Launched(launch["kernel"], programs))
+            fit = min(THREADS // launch["threads"], SHARED_BYTES // max(launch["shared_bytes"], 1))
+            launches.append(Launched(launch["kernel"], programs, MULTIPROCESSORS * max(fit, 1)))
 
 
 @contextmanager

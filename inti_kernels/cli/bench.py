@@ -1,4 +1,4 @@
-"""`python -m inti_kernels bench`: every op and the whole module, timed against PyTorch after they were verified.
+"""`python -m inti_kernels bench`: ops, the module and a whole model, timed against PyTorch after they were verified.
 
 How to read it is in benchmarks/README.md. A contender that fails its comparison, or that only ran the reference, gets a
 row that says so and no time.
@@ -10,7 +10,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,9 @@ import torch
 from .. import backends
 from . import _environment
 from ._contest import contest, ticks
-from ._stopwatch import COMPILE, EAGER, FLOOR, FUSED, Task, TimingFailed
+from ._stopwatch import COMPILE, EAGER, FLOOR, FUSED, MODEL, RECOMPUTE, Task, TimingFailed
 from ._tables import Progress, kibibytes, print_table
-from ._traffic import MEMORY_BOUND, count, count_elsewhere
+from ._traffic import COUNTED, count, count_elsewhere
 
 if TYPE_CHECKING:
     from ..benchmarks import Sizes
@@ -32,26 +32,45 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BENCHMARKS = "inti_kernels.benchmarks"
 # benchmarks/__init__.py has the same list; this one is here so that --help needs no benchmark.
 OPS = ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head", "inti")
+# Whose defaults are those of benchmarks.Sizes; the model has its own.
+SIZES = ("dim", "frames", "grid", "batch", "prefix")
+REPEATS = 20
+TOWER = "vit_b_16"  # of _clip.MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    parser.add_argument("--dim", type=_positive, default=768, help="C (default: 768)")
-    parser.add_argument("--frames", type=_positive, default=16, help="T, even (default: 16)")
-    parser.add_argument("--grid", type=_grid, default=(14, 14), metavar="HxW", help="patches (default: 14x14)")
-    parser.add_argument("--batch", type=_positive, default=1, help="clips (default: 1)")
-    parser.add_argument("--prefix", type=int, default=1, help="tokens before the patches (default: 1)")
+    parser.add_argument("--dim", type=_positive, help="C (default: 768)")
+    parser.add_argument("--frames", type=_positive, help="T, even (default: 16)")
+    parser.add_argument("--grid", type=_grid, metavar="HxW", help="patches (default: 14x14)")
+    parser.add_argument("--batch", type=_positive, help="clips (default: 1)")
+    parser.add_argument("--prefix", type=int, help="tokens before the patches (default: 1)")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of an op's tensors; for the module, bfloat16 and float16 mean autocast of float32 (default: float32)",
+        help="of an op's tensors; for the module and the model, bfloat16 and float16 mean autocast of float32 "
+        "(default: float32)",
     )
-    parser.add_argument("--op", choices=("all", *OPS), default="all", help="inti is the module (default: all)")
+    parser.add_argument(
+        "--op",
+        choices=("all", *OPS, MODEL),
+        default="all",
+        help="inti is the module; model, not among all, is CLIP ViT-B/16 with random weights on a clip of 16 frames, "
+        "halved after blocks 5 and 7 by InTI, FusedInTI or the plain mean, ÷ Naive (default: all)",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="time the module against its floor over frames, patches and batch, from the sizes given on, to see that "
+        "time grows as they do; --plot draws the line",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--backend", choices=(*backends.BACKENDS, "auto"), help="of the fused contender")
     parser.add_argument("--threads", type=_positive, help="torch's threads (default: as torch starts)")
-    parser.add_argument("--repeats", type=_positive, default=20, metavar="N", help="timed rounds (default: 20)")
+    parser.add_argument(
+        "--repeats", type=_positive, metavar="N", help=f"timed rounds (default: {REPEATS}; 5 of the model)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--heap",
@@ -79,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     try:
-        from ..benchmarks import Sizes, load
+        from ..benchmarks import Sizes
     except ModuleNotFoundError as error:
         if error.name != BENCHMARKS:
             raise
@@ -89,39 +108,99 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    sizes = Sizes(args.dim, args.frames, args.grid, args.batch, args.prefix)
-    few_tokens = replace(sizes, frames=min(sizes.frames, 4), grid=(3, 3), batch=1)
+    sizes = Sizes(**{name: value for name in SIZES if (value := getattr(args, name)) is not None})
     dtype = DTYPES[args.dtype]
     names = OPS if args.op == "all" else (args.op,)
     facts = {**_environment.summary(device), "heap": args.heap, "dtype": args.dtype, **vars(sizes)}
     if args.traffic:
         return _only_traffic(names, sizes, dtype, args.json, facts, "cuda" if args.backend == "cuda" else "triton")
-    tasks = [_task(name, sizes, args) for name in names]
-    rows: list[dict[str, Any]] = []
-    with Progress(sum(map(ticks, tasks))) as progress:
-        for task in tasks:
-            workload, small = (load(task.workload, s, dtype, device, args.backend) for s in (sizes, few_tokens))
-            try:
-                found = contest(workload, small, task, kept_heap=args.heap == "kept", tick=progress.step)
-            except TimingFailed as error:
-                print(error, file=sys.stderr)
-                return 1
-            rows += [{**facts, **row} for row in found]
-    title = _title(facts)
-    for name in names:
-        _print(f"{name}, {title}", [row for row in rows if row["op"] == name])
-    print("GB/s and GFLOP/s are of the least bytes and multiply-accumulates (benchmarks/README.md).")
-    in_triton = [name for name in names if any(r["op"] == name and "triton" in r["executed"] for r in rows)]
+    time = _time_model if args.op == MODEL else _time_sweep if args.sweep else _time_ops
+    try:
+        rows, plot = time(args, sizes, device, facts)
+    except (TimingFailed, ModuleNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
     if args.json:
         args.json.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n")
     if args.plot:
-        from ._plot import plot
-
-        plot(rows, args.plot, title)
-    if in_triton:
+        plot(rows, args.plot, _title(facts))
+    in_triton = [name for name in names if any(r["op"] == name and "triton" in r["executed"] for r in rows)]
+    if in_triton and not args.sweep and args.op != MODEL:
         # Last, and of one clip: in the interpreter a large batch takes as long as it is large.
         _only_traffic(in_triton, replace(sizes, batch=1), dtype, None, {**facts, "batch": 1}, "triton")
-    return int(any(row["status"] == "FAIL" and row["contender"] == FUSED for row in rows))
+    return int(any(row["status"] == "FAIL" and row["contender"] != COMPILE for row in rows))
+
+
+Plot = Callable[[Sequence[dict[str, Any]], Path, str], None]
+
+
+def _time_ops(
+    args: argparse.Namespace, sizes: Sizes, device: torch.device, facts: dict[str, Any]
+) -> tuple[list[dict[str, Any]], Plot]:
+    """Ops and the module against PyTorch: prints the tables, and returns the rows and what draws them."""
+    from ._plot import plot
+
+    names = OPS if args.op == "all" else (args.op,)
+    start = (EAGER, *(() if args.no_compile else (COMPILE,)), FUSED)
+    module = (*start, RECOMPUTE, FLOOR)
+    tasks = [(_task(name, sizes, args, module if name == "inti" else start), sizes) for name in names]
+    rows = [{**facts, **row} for row in _contests(tasks, args, device)]
+    for name in names:
+        _print(f"{name}, {_title(facts)}", [row for row in rows if row["op"] == name])
+    print("GB/s and GFLOP/s are of the least bytes and multiply-accumulates (benchmarks/README.md).")
+    return rows, plot
+
+
+def _time_sweep(
+    args: argparse.Namespace, sizes: Sizes, device: torch.device, facts: dict[str, Any]
+) -> tuple[list[dict[str, Any]], Plot]:
+    """The module against its floor at several sizes: prints the tables, and returns the rows and what draws them."""
+    from . import _sweep
+
+    swept = _sweep.sizes(sizes)
+    tasks = [(_task("inti", each, args, (FUSED, FLOOR)), each) for _, each in swept]
+    found = _contests(tasks, args, device)
+    each_size = [(axis, each) for axis, each in swept for _ in range(len(found) // len(swept))]
+    rows = [
+        {**facts, **vars(each), "tokens": each.tokens, "axis": axis, **row}
+        for (axis, each), row in zip(each_size, found, strict=True)
+    ]
+    _sweep.show(rows, _title(facts))
+    return rows, _sweep.plot
+
+
+def _time_model(
+    args: argparse.Namespace, sizes: Sizes, device: torch.device, facts: dict[str, Any]
+) -> tuple[list[dict[str, Any]], Plot]:
+    """The whole model: prints the table, and returns the rows and what draws them."""
+    from . import _towers
+    from ._plot import plot
+
+    task = _towers.task(TOWER, args.dtype, device, args.backend, args.repeats)
+    macs, seconds = _towers.foretell(task, device)
+    print(f"The matrix products of this run take {seconds / 60:.1f} minutes, the whole more.", file=sys.stderr)
+    with Progress(_towers.ticks(task)) as progress:
+        found = _towers.contest(task, macs, kept_heap=args.heap == "kept", tick=progress.step)
+    rows = [{**facts, **row} for row in found]
+    _towers.show(rows, f"{TOWER}, {_title(facts)}")
+    return rows, plot
+
+
+def _contests(
+    tasks: Sequence[tuple[Task, Sizes]], args: argparse.Namespace, device: torch.device
+) -> list[dict[str, Any]]:
+    """The rows of all workloads, in turn."""
+    from ..benchmarks import load
+
+    rows = []
+    with Progress(sum(ticks(task) for task, _ in tasks)) as progress:
+        for task, sizes in tasks:
+            few_tokens = replace(sizes, frames=min(sizes.frames, 4), grid=(3, 3), batch=1)
+            workload, small = (
+                load(task.workload, s, DTYPES[args.dtype], device, args.backend) for s in (sizes, few_tokens)
+            )
+            rows += contest(workload, small, task, kept_heap=args.heap == "kept", tick=progress.step)
+    return rows
 
 
 def _only_traffic(
@@ -140,7 +219,7 @@ def _only_traffic(
 
 def _traffic_rows(names: Sequence[str], sizes: Sizes, dtype: torch.dtype, backend: str) -> list[dict[str, Any]]:
     """Of the ops that memory limits; the module's are those of its ops."""
-    wanted = [op for op in MEMORY_BOUND if op in names or "inti" in names]
+    wanted = [op for op in COUNTED[backend] if op in names or "inti" in names]
     if backend == "triton":
         rows = [row for op in wanted for row in count_elsewhere(op, dtype, **vars(sizes))]
     else:
@@ -164,8 +243,7 @@ def _print_traffic(rows: Sequence[dict[str, Any]], title: str, backend: str) -> 
     print(f"Counted from the addresses that {where} (benchmarks/README.md).")
 
 
-def _task(name: str, sizes: Sizes, args: argparse.Namespace) -> Task:
-    contenders = (EAGER, *(() if args.no_compile else (COMPILE,)), FUSED, *((FLOOR,) if name == "inti" else ()))
+def _task(name: str, sizes: Sizes, args: argparse.Namespace, contenders: tuple[str, ...]) -> Task:
     return Task(
         workload=name,
         sizes=vars(sizes),
@@ -173,18 +251,24 @@ def _task(name: str, sizes: Sizes, args: argparse.Namespace) -> Task:
         device=args.device,
         backend=args.backend,
         contenders=contenders,
-        repeats=args.repeats,
+        repeats=args.repeats or REPEATS,
         threads=torch.get_num_threads(),
     )
 
 
 def _prepare(args: argparse.Namespace) -> torch.device:
     """Checks what was asked for, before minutes are spent on it; returns the device."""
-    if args.frames % 2:
+    if args.op == MODEL and (given := [f"--{name}" for name in SIZES if getattr(args, name) is not None]):
+        raise ValueError(f"--op {MODEL} is a model of one size: leave out {', '.join(given)}")
+    if args.sweep and args.op not in ("all", "inti"):
+        raise ValueError(f"--sweep is of the module: --op inti, got {args.op}")
+    if args.traffic and (args.sweep or args.op == MODEL):
+        raise ValueError(f"--traffic counts at one size of an op or the module: no --sweep, no --op {MODEL}")
+    if args.frames is not None and args.frames % 2:
         raise ValueError(f"--frames must be even to form pairs, got {args.frames}")
-    if args.dim % 2:
+    if args.dim is not None and args.dim % 2:
         raise ValueError(f"--dim must be even (the token level makes dim/2 of each frame), got {args.dim}")
-    if args.prefix < 0:
+    if args.prefix is not None and args.prefix < 0:
         raise ValueError(f"--prefix must be 0 or more, got {args.prefix}")
     for path in (args.json, args.plot):
         if path is not None and path.exists():

@@ -6,21 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _mkl_is_slow() -> bool:
-    """MKL, which torch.mm calls in float32, makes no use of AVX-512 on AMD's processors; oneDNN, which convolutions
-    call, does. Measured on an EPYC (Zen 5) at [1576, 1536]·[1536, 768], two threads: 391 GFLOP/s instead of 186
-    forward, 395 instead of 182 and 326 instead of 180 in the two products of the backward."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    try:
-        with open("/proc/cpuinfo") as file:
-            return "AuthenticAMD" in file.read(512)
-    except OSError:
-        return False
-
-
-_BY_ONEDNN = _mkl_is_slow()
+from ..backends.cpu._products import BY_ONEDNN as _BY_ONEDNN
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -6,22 +6,21 @@ import warnings
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, ops
+from ..ops import _recipe as recipe
 from ..reference import InTI, functional
 from ..reference.inti import Head, NormLinearGELU
-from ._linear import linear
 
 # Parts of the module that are plain PyTorch, and why.
 PLAIN_PARTS = {
-    "temporal position": "all levels have to see x + σ·P, so it is formed once for all",
-    "token level": "token_features has a kernel on the cuda backend only; the attention head takes frames one by one",
+    "temporal position": "outside the op inti all levels have to see x + σ·P, so it is formed once for all",
+    "token level": "the attention head takes frames one by one; adapters and hooks on the Linear want to be called",
+    "cube level": "adapters and hooks on the convolution want to be called",
     "frame level": "works on B·T class tokens only",
     "global level": "works on B·T class tokens only",
-    "head": "interpolation_head has a kernel on the cuda backend only, on the others and for the heads sigmoid and "
-    "attention all but the interpolation is plain",
+    "head": "the heads sigmoid and attention, and adapters and hooks on a Linear: all but the interpolation is plain",
     "sigmoid interpolation": "its weights don't sum to 1: pair_interpolate is another function",
 }
 
@@ -31,14 +30,17 @@ M = TypeVar("M", bound=nn.Module)
 class FusedInTI(InTI):
     """A drop-in for :class:`InTI` on this package's ops: same constructor, ``state_dict`` and ``forward``.
 
-    The cube level (Eq. 10) is a depthwise convolution that reads the tokens where they lie, the interpolation (Eq. 7) a
-    single pass over them. On the cuda backend the token level (Eq. 9) and the head are kernels too. Under autocast the
-    cube level runs in the autocast dtype, as InTI's convolution does, and the weights have the dtype that InTI's would
-    have.
+    As the paper has it, with any subset of the context, the module is one node of the autograd graph, the op
+    :func:`inti_kernels.ops.inti`: x + σ·P is never written, one buffer takes the gradients of x, and 1.5 times the size
+    of x is kept for the backward (in autocast's dtype under autocast). The other fusions and heads, and submodules that
+    adapters or hooks have changed, run as the ops that they consist of, and plain PyTorch (:meth:`plain_parts`). Under
+    autocast the weights have the dtype that InTI's would have.
 
     Args:
         backend: "auto", "reference", "cpu", "triton" or "cuda" for the ops of this module; None takes the choice in
             force at each call, see :func:`inti_kernels.use_backend`.
+        recompute: keep only x and a few numbers a token for the backward, which then does the forward's products again.
+            Takes effect where the module is one node.
         *args, **kwargs: as :class:`InTI`.
 
     Raises:
@@ -46,20 +48,20 @@ class FusedInTI(InTI):
         RuntimeError: in ``forward``, where the backend that was asked for can't run.
     """
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, backend: str | None = None, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         backends.requested(backend)
-        self.backend = backend
+        self.backend, self.recompute = backend, recompute
 
     @classmethod
-    def from_reference(cls, inti: InTI, *, backend: str | None = None) -> FusedInTI:
+    def from_reference(cls, inti: InTI, *, backend: str | None = None, recompute: bool = False) -> FusedInTI:
         """A FusedInTI that shares the parameters of an InTI (the same objects: training one trains both).
 
         Hooks stay with the InTI; :func:`fuse` is what carries a module over whole.
 
         Args:
             inti: an InTI, not of a subclass, whose forward this couldn't know.
-            backend: as in the constructor.
+            backend, recompute: as in the constructor.
 
         Raises:
             TypeError: for another class.
@@ -68,88 +70,104 @@ class FusedInTI(InTI):
             raise TypeError(f"from_reference takes an InTI, got {type(inti).__name__}")
         with torch.device("meta"):  # no memory, and no random numbers, for parameters that aren't kept
             fused = cls(inti.dim, inti.frames, inti.grid, prefix=inti.prefix, context=inti.context, fusion=inti.fusion,
-                        head=inti.head_type, hidden=inti.hidden, backend=backend)  # fmt: skip
+                        head=inti.head_type, hidden=inti.hidden, backend=backend, recompute=recompute)  # fmt: skip
         fused._parameters.update(inti._parameters)
         fused._modules.update(inti._modules)
         fused.training = inti.training
         return fused
 
     def plain_parts(self) -> list[str]:
-        """The parts of this module that are plain PyTorch on its backend, where its parameters are now (keys of
-        PLAIN_PARTS)."""
-        token_level = self.head_type == "attention" or not self._runs("token_features", self.position)
-        head = self.head_type != "softmax" or not self._runs("interpolation_head", self.position)
-        parts = [
-            "temporal position",
-            *["token level"] * token_level,
-            *(f"{level} level" for level in self.context if level != "cube"),
-            *["head"] * head,
-        ]
+        """The parts of this module that are plain PyTorch (keys of PLAIN_PARTS)."""
+        levels = [f"{level} level" for level in self.context if level != "cube"]
+        if self._is_one_node():
+            return levels
+        if "cube" in self.context and not _untouched(self.cube, nn.Conv3d):
+            levels.insert(0, "cube level")
+        token_level = self.head_type == "attention" or not self._is_ours("token")
+        head = self.head_type != "softmax" or not self._is_ours("head")
+        parts = ["temporal position", *["token level"] * token_level, *levels, *["head"] * head]
         return parts + ["sigmoid interpolation"] * (self.head_type == "sigmoid")
 
     def _forward(self, x: Tensor, position: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        head = self.head
-        layers = () if self.head_type != "softmax" else (head.linear1, head.linear2)
-        if not layers or not self._runs("interpolation_head", x) or not self._is_ours(head, Head, *layers):
+        if backends.requested(self.backend) == "reference":
             return super()._forward(x, position, grid)
-        x = functional.add_position(x, position)
-        levels = self._context_levels(x, grid)
-        z, weights = ops.interpolation_head(
-            *self._head_inputs(self._token_features(x), levels),
-            x,
-            head.linear1.weight,
-            head.linear1.bias,
-            head.linear2.weight,
-            head.linear2.bias,
-            backend=self.backend,
-        )
+        if self._is_one_node():
+            z, weights = ops.inti(
+                x,
+                *self._parameters_of_ops(),
+                position,
+                grid=grid,
+                prefix=self.prefix,
+                eps=self._eps(),
+                recompute=self.recompute,
+                backend=self.backend,
+            )
+        elif self.head_type == "softmax" and self._is_ours("head"):
+            x = functional.add_position(x, position)
+            levels = self._context_levels(x, grid)
+            inputs = self._head_inputs(self._token_features(x), levels)
+            z, weights = ops.interpolation_head(*inputs, x, *self._parameters_of_head(), backend=self.backend)
+        else:
+            return super()._forward(x, position, grid)
         return z, weights.float() if _softmax_in_float32(x) else weights
 
-    def _cube(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        if not _untouched(self.cube, nn.Conv3d):
-            return super()._cube(x, grid)
-        dtype = _autocast_dtype(x)
-        return ops.depthwise_conv3d(
-            x if dtype is None else x.to(dtype),
-            self.cube.weight,
-            self.cube.bias,
-            grid,
-            prefix=self.prefix,
-            backend=self.backend,
+    def _is_one_node(self) -> bool:
+        """Whether this is what the op inti computes, with no submodule that wants to be called."""
+        parts = {"cube": ("cube",), "frame": ("frame_pair", "frame"), "global": ("global_convs",)}
+        names = ("token", "head", *(part for level in self.context for part in parts[level]))
+        # One level concatenated is what "separate" does, and with none all fusions are one.
+        fusion = self.fusion == "separate" or len(self.context) <= (self.fusion == "cat")
+        return fusion and self.head_type == "softmax" and all(map(self._is_ours, names))
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether a part of the module, and all in it, is as InTI made it, so that it may be computed past its
+        ``forward``."""
+        part = getattr(self, name)
+        kinds = {"cube": nn.Conv3d, "global_convs": nn.ModuleList, "head": Head}
+        inner = (nn.LayerNorm, nn.Linear, nn.Conv1d)
+        return _untouched(part, kinds.get(name, NormLinearGELU)) and all(
+            any(_untouched(module, kind) for kind in inner) for module in part.children()
         )
 
+    def _parameters_of_ops(self) -> tuple[Tensor | None, ...]:
+        """What the op inti takes between x and the position."""
+        cube, frame, convolutions = (None,) * 2, (None,) * 8, (None,) * 6
+        if "cube" in self.context:
+            cube = (self.cube.weight, self.cube.bias)
+        if "frame" in self.context:
+            frame = (*_parameters_of(self.frame_pair), *_parameters_of(self.frame))
+        if "global" in self.context:
+            convolutions = tuple(p for convolution in self.global_convs for p in (convolution.weight, convolution.bias))
+        return (*_parameters_of(self.token), *cube, *frame, *convolutions, *self._parameters_of_head())
+
+    def _parameters_of_head(self) -> tuple[Tensor, ...]:
+        linear1, linear2 = self.head.linear1, self.head.linear2
+        return linear1.weight, linear1.bias, linear2.weight, linear2.bias
+
+    def _eps(self) -> tuple[float, float, float]:
+        """Of the LayerNorms of the token level, the frame level's frames and its pairs."""
+        frame = ("frame_pair", "frame") if "frame" in self.context else ("token", "token")
+        return tuple(getattr(self, name).norm.eps for name in ("token", *frame))
+
+    def _cube(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if not self._is_ours("cube"):
+            return super()._cube(x, grid)
+        x = x.to(recipe.product_dtype(x))
+        parameters = (self.cube.weight, self.cube.bias)
+        return ops.depthwise_conv3d(x, *parameters, grid, prefix=self.prefix, backend=self.backend)
+
     def _token_features(self, x: Tensor) -> Tensor:
-        token = self.token
-        if not self._is_ours(token, NormLinearGELU, token.linear):
+        if not self._is_ours("token"):
             return super()._token_features(x)
-        if self._runs("token_features", x) and _untouched(token.norm, nn.LayerNorm):
-            parameters = (token.norm.weight, token.norm.bias, token.linear.weight, token.linear.bias)
-            return ops.token_features(x, *parameters, eps=token.norm.eps, backend=self.backend)
-        if backends.requested(self.backend) == "reference":
-            return super()._token_features(x)
-        frames = F.gelu(linear(token.norm(x), token.linear.weight, token.linear.bias))  # [B, T, N, C/2]
-        # One copy there and one back: the gradients of two slices, concatenated, would be two tensors full of zeros.
-        return frames.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
-
-    def _hidden(self, features: Tensor, cube: Tensor | None, frame_context: Tensor | None) -> Tensor:
-        layer = self.head.linear1
-        if backends.requested(self.backend) == "reference" or not self._is_ours(self.head, Head, layer):
-            return super()._hidden(features, cube, frame_context)
-        return F.gelu(linear(functional.head_inputs(features, cube, frame_context), layer.weight, layer.bias))
-
-    def _is_ours(self, parent: nn.Module, kind: type[nn.Module], *linears: nn.Module) -> bool:
-        """Whether Linears of a part of the module may be computed past its ``forward``."""
-        return _untouched(parent, kind) and all(_untouched(layer, nn.Linear) for layer in linears)
-
-    def _runs(self, op: str, x: Tensor) -> bool:
-        """Whether an op that only some backends have would be a kernel."""
-        return backends.runs_kernel(op, self.backend, x)
+        return ops.token_features(x, *_parameters_of(self.token), eps=self.token.norm.eps, backend=self.backend)
 
     def _interpolate(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         return ops.pair_interpolate(x, logits.float() if _softmax_in_float32(logits) else logits, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, backend={self.backend!r}, plain PyTorch: {', '.join(self.plain_parts())}"
+        recompute = ", recompute=True" * self.recompute
+        plain = ", ".join(self.plain_parts()) or "nothing"
+        return f"{super().extra_repr()}, backend={self.backend!r}{recompute}, plain PyTorch: {plain}"
 
 
 class Replaced(list[str]):
@@ -160,24 +178,24 @@ class Replaced(list[str]):
         self.skipped: dict[str, str] = {}
 
 
-def fuse(model: nn.Module, *, backend: str | None = None) -> Replaced | FusedInTI:
+def fuse(model: nn.Module, *, backend: str | None = None, recompute: bool | None = None) -> Replaced | FusedInTI:
     """Swaps every InTI inside a model for a FusedInTI, in place.
 
     Parameters, buffers, hooks (their handles stay valid), train/eval mode and requires_grad are the same objects and
     values as before, so optimizers and checkpoints go on working. An InTI that stands in several places stays one.
     The old modules are not to be used any more; references to them outside the model's submodules (a Python list) stay.
     Left alone, and reported by a warning and in ``skipped``, are subclasses of InTI, whose forward may differ, and
-    modules whose ``forward`` was patched. What is fused already only takes the backend, if one is given.
+    modules whose ``forward`` was patched. What is fused already only takes the backend and ``recompute``, if given.
 
     Args:
         model: any nn.Module.
-        backend: of the new modules, as in :class:`FusedInTI`.
+        backend, recompute: of the new modules, as in :class:`FusedInTI` (recompute False if not given).
 
     Returns:
         The names of what was replaced; if the model itself is an InTI, the new module.
     """
     backends.requested(backend)
-    return _swap(model, InTI, FusedInTI, backend)
+    return _swap(model, InTI, FusedInTI, backend, recompute)
 
 
 def unfuse(model: nn.Module) -> Replaced | InTI:
@@ -186,19 +204,22 @@ def unfuse(model: nn.Module) -> Replaced | InTI:
     Returns:
         The names of what was replaced; if the model itself is a FusedInTI, the new module.
     """
-    return _swap(model, FusedInTI, InTI, None)
+    return _swap(model, FusedInTI, InTI)
 
 
-def _swap(model: nn.Module, old: type[InTI], new: type[InTI], backend: str | None) -> Any:
+def _swap(
+    model: nn.Module, old: type[InTI], new: type[InTI], backend: str | None = None, recompute: bool | None = None
+) -> Any:
     replaced, made = Replaced(), {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is new and backend is not None:
-            module.backend = backend
+        if type(module) is new and new is FusedInTI:
+            module.backend = module.backend if backend is None else backend
+            module.recompute = module.recompute if recompute is None else recompute
         elif reason := _why_leave(module, old, new):
             replaced.skipped[path] = reason
             warnings.warn(f"left alone: {path or 'the model itself'}: {reason}", stacklevel=3)
         elif type(module) is old:
-            made[module] = made.get(module) or _become(module, new, backend)
+            made[module] = made.get(module) or _become(module, new, backend, bool(recompute))
             replaced.append(path)
             parent, _, name = path.rpartition(".")
             if path:
@@ -219,16 +240,17 @@ def _why_leave(module: nn.Module, old: type[InTI], new: type[InTI]) -> str:
     return ""
 
 
-def _become(module: nn.Module, cls: type[M], backend: str | None) -> M:
+def _become(module: nn.Module, cls: type[M], backend: str | None, recompute: bool) -> M:
     """A module of another class around the same insides: parameters, submodules, hooks."""
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):  # the hooks' dicts stay shared: their handles know no other
         new.__dict__[name] = dict(module.__dict__[name])
     new.__dict__["_compiled_call_impl"] = None  # what Module.compile() made runs the old forward
-    new.__dict__.pop("backend", None)
+    for name in ("backend", "recompute"):
+        new.__dict__.pop(name, None)
     if cls is FusedInTI:
-        new.backend = backend
+        new.backend, new.recompute = backend, recompute
     return new
 
 
@@ -238,14 +260,10 @@ def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in module.__dict__ and not any(map(len, hooks))
 
 
-def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast turns the inputs of a linear layer or convolution into, or None: float64 it leaves alone."""
-    device = tensor.device.type
-    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+def _parameters_of(part: NormLinearGELU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return part.norm.weight, part.norm.bias, part.linear.weight, part.linear.bias
 
 
 def _softmax_in_float32(tensor: Tensor) -> bool:
     """Whether InTI's softmax would run in float32: autocast on CUDA, unlike that on the CPU, casts its input."""
-    return tensor.device.type == "cuda" and _autocast_dtype(tensor) is not None
+    return tensor.device.type == "cuda" and tensor.dtype != torch.float64 and torch.is_autocast_enabled("cuda")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import functional
+
 
 def check_tokens(x: Tensor) -> None:
     """x must be a dense floating tensor [B, T, N, C], empty in B only."""
@@ -37,7 +39,8 @@ def check_like(
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on x's device, {x.device}, got {tensor.device}")
     if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {axes} = {tuple(shape)} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
+        axes = f"{axes} = " if axes else ""
+        raise ValueError(f"{name} must be {axes}{tuple(shape)} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
 
 
 def check_matrix(tensor: Tensor, name: str) -> None:
@@ -47,11 +50,22 @@ def check_matrix(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} must have two axes or more, got shape {tuple(tensor.shape)}")
 
 
+def check_grid(x: Tensor, grid: tuple[int, int], prefix: int) -> None:
+    """(H, W) and the number of prefix tokens: whole numbers, of as many tokens a frame as x has."""
+    functional.check_grid(grid)
+    functional.check_prefix(prefix)
+    if x.shape[2] != prefix + grid[0] * grid[1]:
+        raise ValueError(
+            f"x must have prefix + H·W = {prefix} + {grid[0]}·{grid[1]} = {prefix + grid[0] * grid[1]} tokens a frame, "
+            f"got {x.shape[2]}"
+        )
+
+
 def check_one_dtype(**tensors: Tensor | None) -> None:
     """The inputs of a product: of one dtype, unless autocast is on and makes it so."""
     there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     (first, like), *others = there.items()
-    if torch.is_autocast_enabled(like.device.type):
+    if not like.is_meta and torch.is_autocast_enabled(like.device.type):
         return
     for name, tensor in others:
         if tensor.dtype != like.dtype:
@@ -63,11 +77,15 @@ def check_one_dtype(**tensors: Tensor | None) -> None:
 def cast_as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would make of the inputs of a product, differentiably; unchanged where it is off. Like autocast, it
     leaves float64 alone."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(None if tensor is None else tensor.to(product_dtype(tensor)) for tensor in tensors)
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast would make of an input of a product: float64 it leaves alone. Where it is off, nothing."""
+    device = tensor.device.type
+    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def check_accumulator(accumulate: Tensor | None, x: Tensor) -> None:
@@ -146,6 +164,17 @@ def keep_signature(function: type[torch.autograd.Function]) -> type[torch.autogr
     """PyTorch binds the arguments by inspect.signature(forward) at every call; this makes it a look-up."""
     function.forward.__signature__ = inspect.signature(function.forward)
     return function
+
+
+def with_parameters(*names: str) -> Callable[..., Any]:
+    """The signature of a function of any arguments: what `keep_signature` is for, and Dynamo counts the parameters."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        return function
+
+    return decorate
 
 
 class _OnceOnly(torch.autograd.Function):

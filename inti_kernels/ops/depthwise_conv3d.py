@@ -166,7 +166,8 @@ def depthwise_conv3d(
         RuntimeError: the backend that was asked for can't run here; a second derivative, or forward-mode AD.
     """
     recipe.check_tokens(x)
-    _check_grid(x, grid, prefix, temporal_stride)
+    recipe.check_grid(x, grid, prefix)
+    functional.check_whole(temporal_stride=temporal_stride)
     if temporal_stride == 2:
         functional.check_pairs(x.shape[1])
     recipe.check_floating(weight, "weight")
@@ -189,14 +190,3 @@ def depthwise_conv3d(
         )
     recipe.leave_transforms_to_eager()
     return DepthwiseConv3d.apply(x, weight, bias, position, list(grid), temporal_stride, prefix, backend)
-
-
-def _check_grid(x: Tensor, grid: tuple[int, int], prefix: int, temporal_stride: int) -> None:
-    functional.check_grid(grid)
-    functional.check_prefix(prefix)
-    functional.check_whole(temporal_stride=temporal_stride)
-    if x.shape[2] != prefix + grid[0] * grid[1]:
-        raise ValueError(
-            f"x must have prefix + H·W = {prefix} + {grid[0]}·{grid[1]} = {prefix + grid[0] * grid[1]} tokens a frame, "
-            f"got {x.shape[2]}"
-        )

@@ -1,21 +1,16 @@
-"""interpolation_head: the network that predicts the weights, and the interpolation, in one (Eq. 13 and 7).
-
-The CUDA kernels make one op of it. On the other backends its network is the reference, a plain PyTorch expression, and
-its interpolation the op pair_interpolate.
-"""
+"""interpolation_head: the network that predicts the weights, and the interpolation, in one (Eq. 13 and 7)."""
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
 from ..backends._arguments import wide_dtype
 from ..reference import functional
 from . import _recipe as recipe
-from .pair_interpolate import pair_interpolate
 
 
 @recipe.without_autocast
@@ -71,9 +66,19 @@ def _run_backward(
     return recipe.present(grads, x)
 
 
+@wraps(_run_backward)
+def _run_backward_alone(*args: Any) -> tuple[Tensor, ...]:
+    """The same for the dispatcher, whose ops' outputs must not share memory: backends may return the gradients of
+    features and cube as columns of one matrix."""
+    features, cube, *others = _run_backward(*args)
+    if features.untyped_storage().data_ptr() == cube.untyped_storage().data_ptr():
+        features, cube = (grad.clone(memory_format=torch.contiguous_format) for grad in (features, cube))
+    return features.contiguous(), cube.contiguous(), *others
+
+
 _forward = torch.library.custom_op("inti_kernels::interpolation_head", _run_forward, mutates_args=())
 _backward = torch.library.custom_op(
-    "inti_kernels::interpolation_head_backward", _run_backward, mutates_args={"grad_x_accumulate"}
+    "inti_kernels::interpolation_head_backward", _run_backward_alone, mutates_args={"grad_x_accumulate"}
 )
 
 
@@ -169,10 +174,9 @@ def interpolation_head(
 ) -> tuple[Tensor, Tensor]:
     """Linear over [features ; cube + frame_context] → GELU → Linear to two logits → softmax → interpolation.
 
-    Backends: cuda. On the others the network is plain PyTorch, and the interpolation that of :func:`pair_interpolate`,
-    whose limits (one derivative, no forward-mode AD) hold here too unless the backend is "reference". On cuda neither
-    the concatenation nor, without a gradient to come, the hidden layer is ever written; sums are in float32 (float64
-    for float64); vmap, torch.func.grad and torch.compile work.
+    Backends: reference, cpu, triton, cuda. The concatenation is never written, nor is, without a gradient to come, the
+    hidden layer as a whole. Sums in float32 (float64 for float64). Differentiable once, in every input; vmap,
+    torch.func.grad and torch.compile work.
 
     Args:
         features: F_token [B, T/2, N, D].
@@ -195,10 +199,11 @@ def interpolation_head(
         RuntimeError: the backend that was asked for can't run here; a second derivative, or forward-mode AD.
     """
     _check_input(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
-    asked, backend = backend, backends.resolve_or_plain("interpolation_head", backend, x)
+    backend = backends.resolve("interpolation_head", backend, x)
     if backend == "reference":
-        logits = F.linear(functional.head_hidden(features, cube, frame_context, weight1, bias1), weight2, bias2)
-        return pair_interpolate(x, logits, position, backend=asked)
+        backends.count_reference("interpolation_head")
+        inputs = (features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
+        return functional.interpolation_head(*inputs)
     network = recipe.cast_as_autocast(features, cube, frame_context, weight1, bias1, weight2, bias2)
     dtype, x_dtype = network[0].dtype, x.dtype
     if torch.float64 in (dtype, x_dtype):  # the kernels compute all in float64, or nothing

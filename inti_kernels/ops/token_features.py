@@ -1,7 +1,4 @@
-"""token_features: LayerNorm, Linear and GELU of every token, written as concatenated pairs (Eq. 9).
-
-The CUDA kernels make one pass of it. On the other backends it is the reference, a plain PyTorch expression.
-"""
+"""token_features: LayerNorm, Linear and GELU of every token, written as concatenated pairs (Eq. 9)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -153,9 +150,8 @@ def token_features(
 ) -> Tensor:
     """F_token[j,k] = concat(T_{C→D}(x[2j,k]), T_{C→D}(x[2j+1,k])), T = LayerNorm → Linear → GELU (Eq. 9; D = C/2).
 
-    Backends: cuda; plain PyTorch, differentiable to any order, on the others. On cuda the LayerNorm's statistics and
-    all sums are in float32 (float64 for float64), and the op is differentiable once, in every input; vmap,
-    torch.func.grad and torch.compile work.
+    Backends: reference, cpu, triton, cuda. The LayerNorm's statistics and all sums are in float32 (float64 for
+    float64). Differentiable once, in every input; vmap, torch.func.grad and torch.compile work.
 
     Args:
         x: tokens [B, T, N, C], T even, any floating dtype and strides.
@@ -172,7 +168,7 @@ def token_features(
     Raises:
         ValueError: shapes that don't go together, odd T, tensors on different devices, an unknown backend.
         TypeError: an input that isn't a dense floating tensor; mixed dtypes outside autocast.
-        RuntimeError: the backend that was asked for can't run here; on cuda a second derivative, or forward-mode AD.
+        RuntimeError: the backend that was asked for can't run here; a second derivative, or forward-mode AD.
     """
     recipe.check_tokens(x)
     frames, dim = x.shape[1], x.shape[3]
@@ -184,8 +180,9 @@ def token_features(
     recipe.check_like(bias, "bias", x, (weight.shape[0],), "[D]")
     recipe.check_like(position, "position", x, (frames, dim), "[T, C]", optional=True)
     recipe.check_one_dtype(x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
-    backend = backends.resolve_or_plain("token_features", backend, x)
+    backend = backends.resolve("token_features", backend, x)
     if backend == "reference":
+        backends.count_reference("token_features")
         return functional.token_features(x, norm_weight, norm_bias, weight, bias, position, eps=eps)
     tensors = recipe.cast_as_autocast(x, norm_weight, norm_bias, weight, bias)
     recipe.leave_transforms_to_eager()

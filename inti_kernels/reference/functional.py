@@ -7,6 +7,8 @@ tokens a frame (the prefix tokens first: the class token, then registers) and C 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -269,3 +271,152 @@ def interpolation_head(
     """
     logits = F.linear(head_hidden(features, cube, frame_context, weight1, bias1), weight2, bias2)
     return pair_interpolate(x, logits, position)
+
+
+def frame_level(
+    cls: Tensor,
+    pair_norm_weight: Tensor,
+    pair_norm_bias: Tensor,
+    pair_weight: Tensor,
+    pair_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: Sequence[float] = (1e-5, 1e-5),
+) -> Tensor:
+    """F_frame[j] = T_{C→C}(concat(T_{C→C/2}(cls[2j]), T_{C→C/2}(cls[2j+1]))) (Eq. 11).
+
+    Args:
+        cls: class tokens [B, T, C], T even.
+        pair_norm_weight, pair_norm_bias, pair_weight, pair_bias: of T_{C→C/2}: [C], [C], [C/2, C] and [C/2].
+        norm_weight, norm_bias, weight, bias: of T_{C→C}: [C], [C], [C, C] and [C].
+        eps: of the two LayerNorms.
+
+    Returns:
+        [B, T/2, C].
+    """
+    halves = norm_linear_gelu(cls, pair_norm_weight, pair_norm_bias, pair_weight, pair_bias, eps[0])
+    pairs = torch.cat((halves[:, 0::2], halves[:, 1::2]), dim=-1)
+    return norm_linear_gelu(pairs, norm_weight, norm_bias, weight, bias, eps[1])
+
+
+def global_level(
+    cls: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+) -> Tensor:
+    """F_global: depthwise convolutions in time over the class tokens, pooled to one vector a clip (Eq. 12).
+
+    Args:
+        cls: class tokens [B, T, C].
+        weight1, weight2, weight3: [C, 1, 3], as nn.Conv1d has them with groups=C.
+        bias1, bias2, bias3: [C].
+
+    Returns:
+        [B, C].
+    """
+    clip = cls.transpose(1, 2)  # [B, C, T]
+    for weight, bias in ((weight1, bias1), (weight2, bias2)):
+        clip = F.conv1d(clip, weight, bias, padding=1, groups=clip.shape[1])
+        clip = F.gelu(F.max_pool1d(clip, 2, ceil_mode=True))
+    return F.gelu(F.conv1d(clip, weight3, bias3, padding=1, groups=clip.shape[1]).mean(dim=-1))
+
+
+def class_tokens(x: Tensor, prefix: int) -> Tensor:
+    """What the frame and the global level see of x [B, T, N, C]: token 0, or the mean one without prefix: [B, T, C]."""
+    return x[:, :, 0] if prefix else x.mean(dim=2)
+
+
+def frame_context(
+    cls: Tensor, frame: Sequence[Tensor] | None, global_: Sequence[Tensor] | None, eps: Sequence[float] = (1e-5, 1e-5)
+) -> Tensor | None:
+    """F_frame + F_global, those that are there: what Eq. 13 adds to all tokens of a pair of frames.
+
+    Args:
+        cls: class tokens [B, T, C].
+        frame: the eight parameters of :func:`frame_level`, or None.
+        global_: the six of :func:`global_level`, or None.
+        eps: of the frame level's LayerNorms.
+
+    Returns:
+        [B, T/2, C], or None with neither level.
+    """
+    levels = []
+    if frame is not None:
+        levels.append(frame_level(cls, *frame, eps=eps))
+    if global_ is not None:
+        levels.append(global_level(cls, *global_)[:, None].expand(-1, cls.shape[1] // 2, -1))
+    return sum(levels[1:], levels[0]) if levels else None
+
+
+def inti(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cube_weight: Tensor | None,
+    cube_bias: Tensor | None,
+    pair_norm_weight: Tensor | None,
+    pair_norm_bias: Tensor | None,
+    pair_weight: Tensor | None,
+    pair_bias: Tensor | None,
+    frame_norm_weight: Tensor | None,
+    frame_norm_bias: Tensor | None,
+    frame_weight: Tensor | None,
+    frame_bias: Tensor | None,
+    global_weight1: Tensor | None,
+    global_bias1: Tensor | None,
+    global_weight2: Tensor | None,
+    global_bias2: Tensor | None,
+    global_weight3: Tensor | None,
+    global_bias3: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    position: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    prefix: int = 1,
+    eps: Sequence[float] = (1e-5, 1e-5, 1e-5),
+) -> tuple[Tensor, Tensor]:
+    """The whole module, with the fusion "separate" and the softmax head (Eq. 7 to 13).
+
+    Args:
+        x: tokens [B, T, prefix + H·W, C], T even.
+        norm_weight, norm_bias, weight, bias: of the token level, :func:`token_features`.
+        cube_weight, cube_bias: of the cube level, :func:`depthwise_conv3d` with stride 2; None without the level.
+        pair_*, frame_*: of the frame level, :func:`frame_level`; all None without it.
+        global_*: of the global level, :func:`global_level`; all None without it.
+        weight1, bias1, weight2, bias2: of the head, :func:`interpolation_head`.
+        position: σ·P [T, C], added to x first (Eq. 8), or None.
+        grid: (H, W).
+        prefix: tokens before the patches.
+        eps: of the LayerNorms of the token level, the frame level's frames and the frame level's pairs.
+
+    Returns:
+        z [B, T/2, N, C] in x's dtype, and the weights [B, T/2, N, 2].
+
+    Raises:
+        ValueError: T is odd.
+    """
+    x = add_position(x, position)
+    features = token_features(x, norm_weight, norm_bias, weight, bias, eps=eps[0])
+    cube = None if cube_weight is None else depthwise_conv3d(x, cube_weight, cube_bias, grid, prefix=prefix)
+    of_pair = (pair_norm_weight, pair_norm_bias, pair_weight, pair_bias)
+    frame = (*of_pair, frame_norm_weight, frame_norm_bias, frame_weight, frame_bias)
+    convolutions = (global_weight1, global_bias1, global_weight2, global_bias2, global_weight3, global_bias3)
+    context = frame_context(
+        class_tokens(x, prefix),
+        None if pair_weight is None else frame,
+        None if global_weight1 is None else convolutions,
+        eps[1:],
+    )
+    return interpolation_head(features, cube, context, x, weight1, bias1, weight2, bias2)

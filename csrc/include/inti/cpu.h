@@ -5,7 +5,10 @@
 #include <vector>
 
 #include "inti/depthwise_conv3d.h"
+#include "inti/interpolation_head.h"
 #include "inti/pair_interpolate.h"
+#include "inti/token_blocks.h"
+#include "inti/token_features.h"
 
 namespace inti {
 
@@ -14,6 +17,13 @@ struct CpuKernels {
   void (*pair_interpolate_backward)(const PairInterpolateBackward&);
   void (*depthwise_conv3d_forward)(const DepthwiseConv3dForward&);
   void (*depthwise_conv3d_backward)(const DepthwiseConv3dBackward&);
+  void (*token_features_normalize)(const TokenFeaturesNormalize&);
+  void (*token_features_activation)(const TokenFeaturesActivation&);
+  void (*token_features_activation_backward)(const TokenFeaturesActivationBackward&);
+  void (*token_features_norm_backward)(const TokenFeaturesNormBackward&);
+  void (*interpolation_head_forward)(const InterpolationHeadForward&);
+  void (*interpolation_head_backward)(const InterpolationHeadBackward&);
+  void (*partial_sums)(const PartialSums&);
 };
 
 // Built and supported by this processor, slowest first.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._arguments import channels_contiguous, expect, expect_convolution, gradient_buffer, in_wide_dtype, wide_dtype
 from .._memory import empty
 from . import load
-from ._launch import launch, name_of, strides
+from ._launch import deferred_sums, launch, name_of, strides
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -63,39 +63,41 @@ def depthwise_conv3d_backward(
     shape = _shape(x, parameters[0], grid, temporal_stride, prefix)
     tiles, runs = load().depthwise_conv3d_tiling(shape)
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
-    grad_weight = empty(weight.shape, parameters[0]) if needs[1] else None
-    grad_bias = empty(bias.shape, parameters[1]) if needs[2] else None
+    grad_weight, grad_bias = (
+        empty(parameter.shape, parameter) if need else None
+        for parameter, need in zip((weight, bias), needs[1:3], strict=True)
+    )
     grad_position = position_partials = weight_partials = None
-    if needs[1] or needs[2]:
-        taps = weight.numel() // dim
-        weight_partials = empty((batch * runs * tiles, dim, taps + 1), x, wide_dtype(x))
-    if needs[3]:
-        grad_position = empty((frames, dim), x, wide_dtype(x))
-        position_partials = empty((batch * tiles, frames, dim), grad_position)
-    launch(
-        "depthwise_conv3d_backward",
-        x,
-        shape=shape,
-        x=x,
-        x_strides=strides(x),
-        weight=parameters[0],
-        position=in_wide_dtype(position, x),
-        grad_y=grad_y,
-        grad_y_strides=strides(grad_y),
-        grad_x=grad_x,
-        accumulate=grad_x_accumulate is not None,
-        grad_position=grad_position,
-        position_partials=position_partials,
-        grad_weight=grad_weight,
-        grad_bias=grad_bias,
-        weight_partials=weight_partials,
-    )
-    return (
-        None if grad_x_accumulate is not None else grad_x,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None else grad_bias.to(bias.dtype),
-        None if grad_position is None else grad_position.to(position.dtype),
-    )
+    with deferred_sums() as sums:
+        if needs[1] or needs[2]:
+            taps = weight.numel() // dim
+            weight_partials = empty((batch * runs * tiles, dim, taps + 1), x, wide_dtype(x))
+            if needs[1]:
+                sums.add(weight_partials[..., :taps], grad_weight)
+            if needs[2]:
+                sums.add(weight_partials[..., taps], grad_bias)
+        if needs[3]:
+            position_partials = empty((batch * tiles, frames, dim), x, wide_dtype(x))
+            grad_position = sums.position(position_partials, position)
+        launch(
+            "depthwise_conv3d_backward",
+            x,
+            shape=shape,
+            x=x,
+            x_strides=strides(x),
+            weight=parameters[0],
+            position=in_wide_dtype(position, x),
+            grad_y=grad_y,
+            grad_y_strides=strides(grad_y),
+            grad_x=grad_x,
+            accumulate=grad_x_accumulate is not None,
+            grad_position=None,
+            position_partials=position_partials,
+            grad_weight=None,
+            grad_bias=None,
+            weight_partials=weight_partials,
+        )
+    return None if grad_x_accumulate is not None else grad_x, grad_weight, grad_bias, grad_position
 
 
 def _of_one_dtype(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

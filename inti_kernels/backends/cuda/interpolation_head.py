@@ -14,7 +14,7 @@ from torch import Tensor
 from .._arguments import channels_contiguous, expect, expect_one_dtype, gradient_buffer, in_wide_dtype, wide_dtype
 from .._memory import empty
 from . import load
-from ._launch import launch, name_of, strides
+from ._launch import deferred_sums, launch, name_of, strides
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -63,6 +63,36 @@ def interpolation_head_forward(
     return z, weights, difference, preactivation
 
 
+def interpolation_head_preactivation(
+    features: Tensor, cube: Tensor | None, frame_context: Tensor | None, weight1: Tensor, bias1: Tensor
+) -> Tensor:
+    """The first Linear's output [B, T/2, N, h], as the forward keeps it."""
+    batch, pairs, tokens, _ = features.shape
+    hidden, inputs = weight1.shape
+    context = inputs - features.shape[3]
+    expect(
+        features,
+        (cube, (batch, pairs, tokens, context)),
+        (frame_context, (batch, pairs, context)),
+        (weight1, (hidden, features.shape[3] + (context if cube is not None or frame_context is not None else 0))),
+        (bias1, (hidden,)),
+    )
+    expect_one_dtype(features, cube, frame_context, weight1, bias1)
+    preactivation = empty((batch, pairs, tokens, hidden), features)
+    launch(
+        "interpolation_head_preactivation",
+        features,
+        shape=_shape(features, features.new_empty(batch, 2 * pairs, tokens, 0), weight1),  # of no x
+        features=features.contiguous(),
+        cube=None if cube is None else cube.contiguous(),
+        frame_bias=_frame_bias(features, frame_context, weight1),
+        weight1=weight1.contiguous(),
+        bias1=bias1.contiguous(),
+        preactivation=preactivation,
+    )
+    return preactivation
+
+
 def interpolation_head_backward(
     grad_z: Tensor,
     grad_weights: Tensor,
@@ -94,61 +124,81 @@ def interpolation_head_backward(
     x, grad_z = channels_contiguous(x, "interpolation_head"), channels_contiguous(grad_z)
     shape = _shape(features, x, weight1)
     grad_x = gradient_buffer(x, needs[3], grad_x_accumulate)
-    grad_position = position_partials = None
-    if needs[8]:
-        grad_position = empty((frames, dim), x, wide_dtype(x))
-        tiles = module.pair_interpolate_tiles(batch, frames, tokens)
-        position_partials = empty((batch, tiles, frames, dim), grad_position)
-    # The hidden layer's gradient is what all gradients of the network but the last bias's are made of.
-    of_network = any(needs[:3]) or any(needs[4:7])
-    grad_hidden = empty((features.numel() // features.shape[3], hidden), features) if of_network else None
-    of_frames = needs[2] or needs[5] or (needs[4] and frame_context is not None)
-    grad_frame_bias = empty((batch * (frames // 2), hidden), features, wide) if of_frames else None
-    grad_weight2 = empty((2, hidden), features) if needs[6] else None
-    hidden_partials = None
-    if of_frames or needs[6]:
-        hidden_partials = empty((module.interpolation_head_tiles(shape), 2, hidden), features, wide)
     grad_difference = empty(pairs, features, wide)
-    launch(
-        "interpolation_head_backward",
-        x,
-        shape=shape,
-        x=x,
-        x_strides=strides(x),
-        position=in_wide_dtype(position, x),
-        difference=difference.contiguous(),
-        grad_z=grad_z,
-        grad_z_strides=strides(grad_z),
-        grad_weights=grad_weights.contiguous(),
-        preactivation=preactivation.contiguous() if of_network else None,
-        weight2=weight2.contiguous(),
-        grad_x=grad_x,
-        accumulate=grad_x_accumulate is not None,
-        grad_position=grad_position,
-        position_partials=position_partials,
-        grad_difference=grad_difference,
-        grad_preactivation=grad_hidden,
-        grad_frame_bias=grad_frame_bias,
-        grad_weight2=grad_weight2,
-        hidden_partials=hidden_partials,
+    grad_bias1, grad_weight2, grad_bias2 = (
+        empty(parameter.shape, features) if need else None
+        for parameter, need in zip((bias1, weight2, bias2), needs[5:8], strict=True)
     )
-    grad_features, grad_cube, grad_frame_context = _gradients_of_inputs(
-        grad_hidden, grad_frame_bias, features, weight1, needs
-    )
-    grad_bias2 = None
-    if needs[7]:
-        total = grad_difference.sum()
-        grad_bias2 = torch.stack((total, -total)).to(bias2.dtype)
+    grad_position = grad_hidden = grad_frame_bias = position_partials = frame_partials = weight2_partials = None
+    with deferred_sums() as sums:
+        if needs[8]:
+            tiles = module.pair_interpolate_tiles(batch, frames, tokens)
+            position_partials = empty((batch * tiles, frames, dim), x, wide)
+            grad_position = sums.position(position_partials, position)
+        # The hidden layer's gradient is what all gradients of the network but the last bias's are made of.
+        if any(needs[:3]) or any(needs[4:7]):
+            grad_hidden = empty((difference.numel(), hidden), features)
+        of_frames = needs[2] or (needs[4] and frame_context is not None)
+        tiles, frame_pairs = module.interpolation_head_tiles(shape), batch * (frames // 2)
+        if of_frames or needs[5]:
+            frame_partials = empty((tiles // max(frame_pairs, 1), frame_pairs, hidden), features, wide)
+        if of_frames:
+            grad_frame_bias = empty((frame_pairs, hidden), features)
+            sums.add(frame_partials, grad_frame_bias)
+        if needs[5]:
+            sums.add(frame_partials.flatten(0, 1), grad_bias1)
+        if needs[6]:
+            weight2_partials = empty((tiles, hidden), features, wide)
+            sums.add_both_signs(weight2_partials, grad_weight2)
+        if needs[7]:
+            sums.add_both_signs(grad_difference.view(-1, 1), grad_bias2)
+        launch(
+            "interpolation_head_backward",
+            x,
+            shape=shape,
+            x=x,
+            x_strides=strides(x),
+            position=in_wide_dtype(position, x),
+            difference=difference.contiguous(),
+            grad_z=grad_z,
+            grad_z_strides=strides(grad_z),
+            grad_weights=grad_weights.contiguous(),
+            preactivation=None if grad_hidden is None else preactivation.contiguous(),
+            weight2=weight2.contiguous(),
+            grad_x=grad_x,
+            accumulate=grad_x_accumulate is not None,
+            grad_position=None,
+            position_partials=position_partials,
+            grad_difference=grad_difference,
+            grad_bias2=None,
+            grad_preactivation=grad_hidden,
+            grad_frame_bias=None,
+            grad_bias1=None,
+            frame_partials=frame_partials,
+            grad_weight2=None,
+            weight2_partials=weight2_partials,
+        )
+        grad_features, grad_cube = _gradients_of_tokens(grad_hidden, features, cube, weight1, needs)
+        grad_frame_context = empty(frame_context.shape, frame_context) if needs[2] else None
+        if needs[2]:
+            of_context = weight1[:, features.shape[3] :]
+            sums.then(lambda: torch.mm(grad_frame_bias, of_context, out=grad_frame_context.flatten(0, 1)))
+        grad_weight1 = None
+        if needs[4]:
+            grad_weight1 = _gradient_of_weight1(grad_hidden, features, cube, weight1)
+            if frame_context is not None:
+                to, beta = grad_weight1[:, features.shape[3] :], 0 if cube is None else 1
+                sums.then(lambda: to.addmm_(grad_frame_bias.t(), frame_context.flatten(0, 1), beta=beta))
     return (
-        None if grad_features is None else grad_features.view(features.shape),
-        None if grad_cube is None else grad_cube.view(cube.shape),
-        None if grad_frame_context is None else grad_frame_context.view(frame_context.shape),
+        grad_features,
+        grad_cube,
+        grad_frame_context,
         None if grad_x_accumulate is not None else grad_x,
-        _gradient_of_weight1(grad_hidden, grad_frame_bias, features, cube, frame_context) if needs[4] else None,
-        grad_frame_bias.sum(0).to(bias1.dtype) if needs[5] else None,
+        grad_weight1,
+        grad_bias1,
         grad_weight2,
         grad_bias2,
-        None if grad_position is None else grad_position.to(position.dtype),
+        grad_position,
     )
 
 
@@ -161,38 +211,28 @@ def _frame_bias(features: Tensor, frame_context: Tensor | None, weight1: Tensor)
     return frame_context.to(wide).flatten(0, 1) @ weight1[:, features.shape[3] :].to(wide).t()
 
 
-def _gradients_of_inputs(
-    grad_hidden: Tensor | None,
-    grad_frame_bias: Tensor | None,
-    features: Tensor,
-    weight1: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of features, cube and frame_context, as matrices."""
-    of_features, of_context = weight1[:, : features.shape[3]], weight1[:, features.shape[3] :]
+def _gradients_of_tokens(
+    grad_hidden: Tensor | None, features: Tensor, cube: Tensor | None, weight1: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of features and cube. Of both, in one product: then they are its columns, and views."""
+    width = features.shape[3]
+    if needs[0] and needs[1]:
+        both = grad_hidden @ weight1
+        return both[:, :width].view(features.shape), both[:, width:].view(cube.shape)
     return (
-        grad_hidden @ of_features if needs[0] else None,
-        grad_hidden @ of_context if needs[1] else None,
-        (grad_frame_bias @ of_context.to(grad_frame_bias.dtype)).to(features.dtype) if needs[2] else None,
+        (grad_hidden @ weight1[:, :width]).view(features.shape) if needs[0] else None,
+        (grad_hidden @ weight1[:, width:]).view(cube.shape) if needs[1] else None,
     )
 
 
-def _gradient_of_weight1(
-    grad_hidden: Tensor,
-    grad_frame_bias: Tensor | None,
-    features: Tensor,
-    cube: Tensor | None,
-    frame_context: Tensor | None,
-) -> Tensor:
-    """[h, D + C']: the context's columns are the sum of a product over tokens and one over frames."""
-    parts = [grad_hidden.t() @ features.flatten(0, 2)]
+def _gradient_of_weight1(grad_hidden: Tensor, features: Tensor, cube: Tensor | None, weight1: Tensor) -> Tensor:
+    """[h, D + C'] but for the frames' context, whose part is still to be added to the cube's columns."""
+    width = features.shape[3]
+    grad = empty(weight1.shape, weight1)
+    torch.mm(grad_hidden.t(), features.flatten(0, 2), out=grad[:, :width])
     if cube is not None:
-        parts.append(grad_hidden.t() @ cube.flatten(0, 2))
-    if frame_context is not None:
-        of_frames = grad_frame_bias.t() @ frame_context.to(grad_frame_bias.dtype).flatten(0, 1)
-        of_frames = of_frames if cube is None else of_frames + parts.pop()
-        parts.append(of_frames.to(features.dtype))
-    return torch.cat(parts, 1)
+        torch.mm(grad_hidden.t(), cube.flatten(0, 2), out=grad[:, width:])
+    return grad
 
 
 def _expect_all(

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._arguments import channels_contiguous, expect, gradient_buffer, in_wide_dtype, wide_dtype
 from .._memory import empty
 from . import load
-from ._launch import launch, name_of, strides
+from ._launch import deferred_sums, launch, name_of, strides
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -50,32 +50,29 @@ def pair_interpolate_backward(
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_logits = empty(logits.shape, logits) if needs[1] else None
     grad_position = partials = None
-    if needs[2]:
-        grad_position = empty((frames, dim), x, wide_dtype(x))
-        tiles = load().pair_interpolate_tiles(batch, frames, tokens)
-        partials = empty((batch, tiles, frames, dim), grad_position)
-    launch(
-        "pair_interpolate_backward",
-        x,
-        shape=_shape(x, logits),
-        x=x,
-        x_strides=strides(x),
-        logits=logits,
-        position=in_wide_dtype(position, x),
-        grad_z=grad_z,
-        grad_z_strides=strides(grad_z),
-        grad_weights=grad_weights.to(logits.dtype).contiguous(),
-        grad_x=grad_x,
-        accumulate=grad_x_accumulate is not None,
-        grad_logits=grad_logits,
-        grad_position=grad_position,
-        partials=partials,
-    )
-    return (
-        None if grad_x_accumulate is not None else grad_x,
-        grad_logits,
-        None if grad_position is None else grad_position.to(position.dtype),
-    )
+    with deferred_sums() as sums:
+        if needs[2]:
+            tiles = load().pair_interpolate_tiles(batch, frames, tokens)
+            partials = empty((batch * tiles, frames, dim), x, wide_dtype(x))
+            grad_position = sums.position(partials, position)
+        launch(
+            "pair_interpolate_backward",
+            x,
+            shape=_shape(x, logits),
+            x=x,
+            x_strides=strides(x),
+            logits=logits,
+            position=in_wide_dtype(position, x),
+            grad_z=grad_z,
+            grad_z_strides=strides(grad_z),
+            grad_weights=grad_weights.to(logits.dtype).contiguous(),
+            grad_x=grad_x,
+            accumulate=grad_x_accumulate is not None,
+            grad_logits=grad_logits,
+            grad_position=None,
+            partials=partials,
+        )
+    return None if grad_x_accumulate is not None else grad_x, grad_logits, grad_position
 
 
 def _shape(x: Tensor, logits: Tensor) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._arguments import channels_contiguous, expect, expect_one_dtype, gradient_buffer, in_wide_dtype, wide_dtype
 from .._memory import empty
 from . import load
-from ._launch import launch, name_of, strides
+from ._launch import deferred_sums, launch, name_of, rows, strides
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -54,6 +54,21 @@ def token_features_forward(
     return (features, statistics, preactivation) if keep else (features, x.new_empty(0), x.new_empty(0))
 
 
+def token_features_activation(preactivation: Tensor) -> Tensor:
+    """The features, from what a forward kept: GELU of [B, T, N, D] as pairs [B, T/2, N, 2·D]."""
+    batch, frames, tokens, width = preactivation.shape
+    features = empty((batch, frames // 2, tokens, 2 * width), preactivation)
+    shape = (batch, frames, tokens, 2 * width, width, name_of(preactivation.dtype))  # its dim is not looked at
+    launch(
+        "token_features_activation",
+        preactivation,
+        shape=shape,
+        preactivation=preactivation.contiguous(),
+        features=features,
+    )
+    return features
+
+
 def token_features_backward(
     grad_features: Tensor,
     x: Tensor,
@@ -71,7 +86,7 @@ def token_features_backward(
     if not any(needs):
         return (None,) * 6
     batch, frames, tokens, dim = x.shape
-    width, rows = weight.shape[0], batch * frames * tokens
+    width, count = weight.shape[0], batch * frames * tokens
     _expect_all(x, norm_weight, norm_bias, weight, bias, position)
     expect(
         x,
@@ -81,20 +96,9 @@ def token_features_backward(
     )
     expect_one_dtype(x, grad_features, preactivation)
     x, weight = channels_contiguous(x, "token_features"), weight.contiguous()
-    shape = _shape(x, weight)
+    grad_features, pitch = rows(grad_features)
+    shape, wide = _shape(x, weight), wide_dtype(x)
     tiles = load().token_features_tiles(shape)
-    grad_preactivation = empty((rows, width), x)
-    grad_bias = empty((width,), x) if needs[4] else None
-    launch(
-        "token_features_backward_activation",
-        x,
-        shape=shape,
-        grad_features=grad_features.contiguous(),
-        preactivation=preactivation.contiguous(),
-        grad_preactivation=grad_preactivation,
-        grad_bias=grad_bias,
-        partials=empty((tiles, width), x, wide_dtype(x)) if needs[4] else None,
-    )
     tokens_of = {
         "shape": shape,
         "x": x,
@@ -104,34 +108,59 @@ def token_features_backward(
         "norm_bias": norm_bias.contiguous(),
         "statistics": statistics.contiguous(),
     }
-    grad_weight = None
-    if needs[3]:
-        normalized = empty((rows, dim), x)
-        launch("token_features_normalize", x, **tokens_of, normalized=normalized)
-        grad_weight = grad_preactivation.t() @ normalized
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_norm_weight, grad_norm_bias = (empty((dim,), x) if need else None for need in needs[1:3])
-    grad_position = empty((frames, dim), x, wide_dtype(x)) if needs[5] else None
-    if needs[0] or needs[1] or needs[2] or needs[5]:
+    grad_bias = empty((width,), x) if needs[4] else None
+    grad_weight = grad_position = partials = norm_partials = position_partials = None
+    with deferred_sums() as sums:
+        if needs[4]:
+            partials = empty((tiles, width), x, wide)
+            sums.add(partials, grad_bias)
+        grad_preactivation = empty((count, width), x)
         launch(
-            "token_features_backward_norm",
+            "token_features_backward_activation",
             x,
-            **tokens_of,
-            grad_normalized=grad_preactivation @ weight,
-            grad_x=grad_x,
-            accumulate=grad_x_accumulate is not None,
-            grad_norm_weight=grad_norm_weight,
-            grad_norm_bias=grad_norm_bias,
-            grad_position=grad_position,
-            partials=empty((tiles, 3, dim), x, wide_dtype(x)) if needs[1] or needs[2] or needs[5] else None,
+            shape=shape,
+            grad_features=grad_features,
+            grad_features_pitch=pitch,
+            preactivation=preactivation.contiguous(),
+            grad_preactivation=grad_preactivation,
+            grad_bias=None,
+            partials=partials,
         )
+        if needs[3]:
+            normalized = empty((count, dim), x)
+            launch("token_features_normalize", x, **tokens_of, normalized=normalized)
+            grad_weight = grad_preactivation.t() @ normalized
+        if needs[1] or needs[2]:
+            norm_partials = empty((tiles, 2, dim), x, wide)
+            for number, grad in enumerate((grad_norm_weight, grad_norm_bias)):
+                if grad is not None:
+                    sums.add(norm_partials[:, number], grad)
+        if needs[5]:
+            position_partials = empty((tiles // frames, frames, dim), x, wide)
+            grad_position = sums.position(position_partials, position)
+        if needs[0] or needs[1] or needs[2] or needs[5]:
+            launch(
+                "token_features_backward_norm",
+                x,
+                **tokens_of,
+                grad_normalized=grad_preactivation @ weight,
+                grad_x=grad_x,
+                accumulate=grad_x_accumulate is not None,
+                grad_norm_weight=None,
+                grad_norm_bias=None,
+                grad_position=None,
+                norm_partials=norm_partials,
+                position_partials=position_partials,
+            )
     return (
         None if grad_x_accumulate is not None else grad_x,
         grad_norm_weight,
         grad_norm_bias,
         grad_weight,
         grad_bias,
-        None if grad_position is None else grad_position.to(position.dtype),
+        grad_position,
     )
 
 

@@ -41,10 +41,15 @@ def why_not_by_capability(capability: tuple[int, int], dtype: torch.dtype) -> li
 
 def products_by_capability(capability: tuple[int, int]) -> str:
     """What computes the matrix products of the module on such a GPU, and why."""
-    why = "the triton backend has no kernels with products"
     if capability < LEAST_FOR_DOT:
-        why += ", and Triton has no tensor-core products below compute capability 8.0"
-    return f"cuBLAS, through PyTorch, for the Linears of the token level, the frame level and the head: {why}"
+        return (
+            "cuBLAS, through PyTorch, between Triton's passes: Triton has no tensor-core products below compute "
+            "capability 8.0"
+        )
+    return (
+        "Triton, for the token level and the head in 16 bits, forward; cuBLAS, through PyTorch, for the frame level, "
+        "in float32 and float64, and for the backward"
+    )
 
 
 def interprets() -> bool:

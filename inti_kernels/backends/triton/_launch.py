@@ -33,6 +33,8 @@ class Settings:
         frames: input frames of a program's run, where it walks along them.
         registers: the most that a thread may take. ptxas, left alone, spills a little where that lets one more program
             into an SM; told a number, it takes that many.
+        inner: of a matrix product, what a step multiplies of the inner axis; its tile is tokens × channels.
+        stages: of a matrix product, how many steps are in shared memory at a time.
     """
 
     tokens: int
@@ -40,6 +42,8 @@ class Settings:
     warps: int
     frames: int = 1
     registers: int | None = None
+    inner: int | None = None
+    stages: int = 3
 
     def blocks(self, dim: int) -> int:
         """How many blocks of channels cover them all."""
@@ -64,9 +68,25 @@ _PASS = (
     (70, 512, Settings(tokens=16, channels=128, warps=4)),
     (70, 0, Settings(tokens=16, channels=64, warps=2)),
 )
+# Of products at the same sizes, 3152 rows by 384 columns and 1576 by 768: at least one program for each of A100's and
+# H100's SMs, three steps within the 100 KiB of the smaller GPUs' SMs, a warp group's 64 rows.
+_DOT = (
+    (70, 512, Settings(tokens=64, channels=128, warps=4, inner=64)),
+    (70, 0, Settings(tokens=64, channels=64, warps=4, inner=32)),
+)
+_PASS_OF_HALF = tuple((c, d // 2, at) for c, d, at in _PASS)  # over what the Linear leaves of the channels
 _TABLE: dict[str, tuple[tuple[int, int, Settings], ...]] = {
     "pair_interpolate_forward": _PASS,
     "pair_interpolate_backward": tuple((c, d, replace(at, registers=168)) for c, d, at in _PASS),
+    "token_features_normalize": _PASS,
+    # Its prologue needs registers beside the sums.
+    "token_features_dot": tuple((c, d, replace(at, warps=2 * at.warps)) for c, d, at in _DOT),
+    "token_features_activation": _PASS_OF_HALF,
+    "token_features_backward_activation": _PASS_OF_HALF,
+    "token_features_backward_norm": tuple((c, d, replace(at, registers=168)) for c, d, at in _PASS),
+    "interpolation_head_dot": _DOT,
+    "interpolation_head_forward": _PASS,
+    "interpolation_head_backward": tuple((c, d, replace(at, registers=168)) for c, d, at in _PASS),
     "depthwise_conv3d_forward": _WALK,
     "depthwise_conv3d_backward_x": _WALK,
     "depthwise_conv3d_backward_weight": tuple((c, d, replace(at, registers=255)) for c, d, at in _WALK),
@@ -93,22 +113,32 @@ def settings(kernel: str, x: Tensor) -> Settings:
     return found
 
 
-def vector(x: Tensor) -> int:
-    """Elements of the widest access that x's rows and strides allow: a power of 2, up to 16 bytes.
+def unit(tensor: Tensor, *sizes: int) -> int:
+    """Elements of the widest access that divides sizes and strides: a power of 2, up to 16 bytes.
 
     Kernels take sizes in units of it: Triton then knows what the sizes are multiples of, without compiling anew for
-    every divisibility of every size. (Whether x's address allows it, Triton sees for itself.)
+    every divisibility of every size. (Whether an address allows it, Triton sees for itself.)
     """
-    unit = VECTOR_BYTES // x.element_size()
-    while any(size % unit for size in (x.shape[-1], *strides(x, 1).values())):
-        unit //= 2
-    return unit
+    found = VECTOR_BYTES // tensor.element_size()
+    while any(size % found for size in sizes):
+        found //= 2
+    return found
 
 
-def strides(x: Tensor, unit: int) -> dict[str, int]:
+def vector(x: Tensor) -> int:
+    """`unit` of x's rows and strides."""
+    return unit(x, x.shape[-1], *strides(x, 1).values())
+
+
+def strides(x: Tensor, step: int) -> dict[str, int]:
     """The strides of [B, T, N, C] as kernels take them, in units of `vector`; that of an axis of one is nothing."""
     names = ("stride_batch", "stride_frame", "stride_token")
-    return {name: x.stride(axis) // unit if x.shape[axis] > 1 else 0 for axis, name in enumerate(names)}
+    return {name: x.stride(axis) // step if x.shape[axis] > 1 else 0 for axis, name in enumerate(names)}
+
+
+def rounds_elsewhere(tensor: Tensor) -> bool:
+    """Whether a tensor is bfloat16 where a GPU can't round to it: float32 holds it, and PyTorch rounds what comes."""
+    return tensor.dtype == torch.bfloat16 and capability(tensor) < 80
 
 
 def wide(x: Tensor) -> tl.dtype:
@@ -123,7 +153,7 @@ def launch(kernel: Any, programs: Callable[[Settings], int], at: Settings, **arg
         kernel: of @triton.jit.
         programs: how many programs of given settings there are.
         at: the settings of the table, which apply unless INTI_AUTOTUNE=1 finds better ones.
-        **arguments: the kernel's, but for TOKENS and CHANNELS.
+        **arguments: the kernel's, but for TOKENS, CHANNELS and INNER.
     """
     if not programs(at):
         return
@@ -132,14 +162,16 @@ def launch(kernel: Any, programs: Callable[[Settings], int], at: Settings, **arg
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (programs(replace(at, channels=meta["CHANNELS"])),)
 
+    arguments |= {"TOKENS": at.tokens} | ({"INNER": at.inner} if at.inner else {})
     with torch.cuda.device_of(first):
         if autotunes(first):
             # One at a time: the tuner keeps what it restores on itself, and two GPUs' backward passes are two threads.
             with _tuning:
                 tuned = _tuned(kernel, at, bool(arguments.get("ACCUMULATE")), first.device)
-                run(tuned, grid, arguments | {"TOKENS": at.tokens})
+                run(tuned, grid, arguments)
         else:
-            options = {"TOKENS": at.tokens, "CHANNELS": at.channels, "num_warps": at.warps, "maxnreg": at.registers}
+            options = {"CHANNELS": at.channels, "num_warps": at.warps, "maxnreg": at.registers}
+            options |= {"num_stages": at.stages} if at.inner else {}
             run(kernel, grid, arguments | options)
 
 
@@ -165,14 +197,19 @@ def autotunes(x: Tensor) -> bool:
 @cache
 def _tuned(kernel: Any, at: Settings, accumulates: bool, device: torch.device) -> Any:
     """The kernel behind triton.autotune, for one device. The table's settings are the first candidate, and TOKENS stays
-    theirs: the number of partial sums hangs on it."""
-    configs = [triton.Config({"CHANNELS": at.channels}, num_warps=at.warps, maxnreg=at.registers)]
-    for channels in (at.channels // 2, at.channels, 2 * at.channels):
+    theirs: the number of partial sums hangs on it, as that of a product's hangs on its CHANNELS."""
+    configs = [triton.Config({"CHANNELS": at.channels}, num_warps=at.warps, maxnreg=at.registers, num_stages=at.stages)]
+    if at.inner:
+        for warps in (at.warps, 2 * at.warps):
+            for stages in (2, 3, 4):
+                configs.append(triton.Config({"CHANNELS": at.channels}, num_warps=warps, num_stages=stages))
+    for channels in (at.channels // 2, at.channels, 2 * at.channels) if not at.inner else ():
         for warps in (at.warps // 2, at.warps, 2 * at.warps):
             # 4 to 16 elements a thread and sum: more don't fit the registers, fewer leave accesses narrow.
             if warps and channels >= 8 and 4 <= at.tokens * channels // (32 * warps) <= 16:
                 configs.append(triton.Config({"CHANNELS": channels}, num_warps=warps))
-    sizes = ("frames", "pairs", "tokens", "height", "width", "dim", "TOKENS", "STRIDE", "SPACE", "VECTOR")
+    sizes = ("frames", "pairs", "tokens", "height", "width", "dim", "context", "hidden_width",
+             "TOKENS", "STRIDE", "SPACE", "VECTOR")  # fmt: skip
     key = [name for name in sizes if name in kernel.arg_names]
     # A buffer that is added to would take the gradient once for every run of the tuner.
     restore = {"restore_value": ["grad_x"]} if accumulates else {}
@@ -253,9 +290,7 @@ def sum_partials(partials: Tensor, out: Tensor, steps: Sequence[int]) -> None:
         rounded.copy_(out)  # GPUs without bfloat16 arithmetic have PyTorch round
         return
     count, rows, columns = partials.shape
-    unit = VECTOR_BYTES // partials.element_size()
-    while columns % unit or partials.stride(0) % unit:
-        unit //= 2
+    step = unit(partials, columns, partials.stride(0))
     # A program has all rows of its columns, up to 32: the rows of a depthwise weight lie side by side.
     height = min(triton.next_power_of_2(rows), 32)
     launch(
@@ -265,10 +300,10 @@ def sum_partials(partials: Tensor, out: Tensor, steps: Sequence[int]) -> None:
         partials=partials,
         out=out,
         count=count,
-        stride=partials.stride(0) // unit,
+        stride=partials.stride(0) // step,
         rows=rows,
-        columns=columns // unit,
+        columns=columns // step,
         row_step=steps[0],
         column_step=steps[1],
-        VECTOR=unit,
+        VECTOR=step,
     )

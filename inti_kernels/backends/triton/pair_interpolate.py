@@ -14,10 +14,8 @@ from torch import Tensor
 from .._arguments import channels_contiguous, expect, gradient_buffer, wide_dtype
 from .._memory import empty
 from ._launch import (
-    LEAST_PROGRAMS,
-    Settings,
-    capability,
     launch,
+    rounds_elsewhere,
     settings,
     small,
     store_rounded,
@@ -26,17 +24,9 @@ from ._launch import (
     vector,
     wide,
 )
+from ._tokens import interpolate, interpolate_backward, program, tiling
 
 Gradients = tuple[Tensor | None, ...]
-
-
-@triton.jit
-def _program(tokens, tile_tokens, tiles, TOKENS: tl.constexpr):
-    """This program's pair of frames, counted over all clips, and tile; its tokens and which there are [TOKENS]."""
-    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    inside = tl.arange(0, TOKENS)
-    token = tile * tile_tokens + inside
-    return row, tile, token, (inside < tile_tokens) & (token < tokens)
 
 
 @triton.jit
@@ -50,19 +40,6 @@ def _softmax_of_two(logits, pair, live, SOFTMAX: tl.constexpr):
     largest = tl.maximum(first, second)
     first, second = tl.exp(first - largest), tl.exp(second - largest)
     return first / (first + second), second / (first + second)
-
-
-@triton.jit
-def _load_frame(x, position, first, channel, mask, WIDE: tl.constexpr):
-    """x + σP, wide [TOKENS, CHANNELS].
-
-    x: pointers to the frame's tokens [TOKENS, 1]; position: a pointer to the pair's or None; first: the frame's offset.
-    """
-    value = tl.load(x + channel[None, :], mask=mask, other=0).to(WIDE)
-    if position is not None:
-        # Every token's threads load it (from L1): a row alone would go through shared memory to reach them.
-        value += tl.load(position + first + tl.broadcast_to(channel[None, :], mask.shape), mask=mask, other=0).to(WIDE)
-    return value
 
 
 # Sizes change from model to model or from clip to clip, and must not compile anew. `dim` and the strides come in units
@@ -92,7 +69,7 @@ def _pair_interpolate_forward_kernel(
     CHANNELS: tl.constexpr,
 ):
     dim, stride_frame, stride_token = dim * VECTOR, stride_frame * VECTOR, stride_token * VECTOR
-    row, tile, token, live = _program(tokens, tile_tokens, tiles, TOKENS)
+    row, tile, token, live = program(tokens, tile_tokens, tiles, TOKENS)
     pair = row.to(tl.int64) * tokens + token
     first, second = _softmax_of_two(logits, pair, live, SOFTMAX)
     store_rounded(weights + 2 * pair, first, live)
@@ -104,13 +81,7 @@ def _pair_interpolate_forward_kernel(
     z_tile = z + (pair * dim)[:, None]
     if position is not None:
         position += frame * dim
-    for start in range(0, dim, CHANNELS):
-        channel = start + tl.arange(0, CHANNELS)  # [CHANNELS]
-        there = channel < dim
-        mask = live[:, None] & there[None, :]
-        x0 = _load_frame(x_tile, position, 0, channel, mask, WIDE)
-        x1 = _load_frame(x_tile + stride_frame, position, dim, channel, mask, WIDE)
-        store_rounded(z_tile + channel[None, :], first * x0 + second * x1, mask)
+    interpolate(x_tile, position, z_tile, first, second, live, stride_frame, dim, WIDE, CHANNELS)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "grad_stride_batch", "grad_stride_frame", "grad_stride_token"])
@@ -142,44 +113,31 @@ def _pair_interpolate_backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     dim, stride_frame, stride_token = dim * VECTOR, stride_frame * VECTOR, stride_token * VECTOR
-    row, tile, token, live = _program(tokens, tile_tokens, tiles, TOKENS)
+    row, tile, token, live = program(tokens, tile_tokens, tiles, TOKENS)
     pair = row.to(tl.int64) * tokens + token
     first, second = _softmax_of_two(logits, pair, live, SOFTMAX)
     alpha, beta = first.to(WIDE)[:, None], second.to(WIDE)[:, None]
     clip, frame = (row // pairs).to(tl.int64), 2 * (row % pairs)
-    x_tile = x + clip * stride_batch * VECTOR + frame * stride_frame + (token.to(tl.int64) * stride_token)[:, None]
+    x_tile = None
+    if grad_logits is not None:
+        x_tile = x + clip * stride_batch * VECTOR + frame * stride_frame + (token.to(tl.int64) * stride_token)[:, None]
     grad_tile = grad_z + clip * grad_stride_batch * VECTOR + (row % pairs) * grad_stride_frame * VECTOR
     grad_tile += (token.to(tl.int64) * grad_stride_token * VECTOR)[:, None]
     frame_size = tokens.to(tl.int64) * dim
-    difference = tl.zeros((TOKENS, CHANNELS), WIDE)
+    grad_x_tile = None
+    if grad_x is not None:
+        grad_x_tile = grad_x + (clip * 2 * pairs + frame) * frame_size + (token.to(tl.int64) * dim)[:, None]
+    sums = None
+    if partials is not None:
+        sums = partials + ((clip * tiles + tile) * 2 * pairs + frame) * dim
     if position is not None:
         position += frame * dim
-    for start in range(0, dim, CHANNELS):
-        channel = start + tl.arange(0, CHANNELS)  # [CHANNELS]
-        there = channel < dim
-        mask = live[:, None] & there[None, :]
-        grad = tl.load(grad_tile + channel[None, :], mask=mask, other=0).to(WIDE)
-        grad0, grad1 = alpha * grad, beta * grad
-        if partials is not None:
-            # Tokens that aren't there have loaded nothing, and are 0.
-            sums = partials + ((clip * tiles + tile) * 2 * pairs + frame) * dim + channel
-            tl.store(sums, tl.sum(grad0, 0), mask=there)
-            tl.store(sums + dim, tl.sum(grad1, 0), mask=there)
-        if grad_logits is not None:
-            x0 = _load_frame(x_tile, position, 0, channel, mask, WIDE)
-            x1 = _load_frame(x_tile + stride_frame, position, dim, channel, mask, WIDE)
-            difference += grad * (x0 - x1)
-        if grad_x is not None:
-            to = grad_x + (clip * 2 * pairs + frame) * frame_size + (token.to(tl.int64) * dim)[:, None]
-            to += channel[None, :]
-            if ACCUMULATE:
-                grad0 += tl.load(to, mask=mask, other=0).to(WIDE)
-                grad1 += tl.load(to + frame_size, mask=mask, other=0).to(WIDE)
-            store_rounded(to, grad0, mask)
-            store_rounded(to + frame_size, grad1, mask)
+    total = interpolate_backward(
+        grad_tile, x_tile, position, grad_x_tile, sums, alpha, beta, live, stride_frame, frame_size, dim,
+        ACCUMULATE, WIDE, TOKENS, CHANNELS,
+    ).to(SOFTMAX)  # fmt: skip
     if grad_logits is not None:
         # ∂α/∂l₀ = αβ = -∂β/∂l₀, and the other way round for l₁.
-        total = tl.sum(difference, 1).to(SOFTMAX)
         total += tl.load(grad_weights + 2 * pair, mask=live, other=0).to(SOFTMAX)
         total -= tl.load(grad_weights + 2 * pair + 1, mask=live, other=0).to(SOFTMAX)
         total = first * second * total
@@ -190,17 +148,17 @@ def _pair_interpolate_backward_kernel(
 def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, frames, tokens, dim = x.shape
     expect(x, (logits, (batch, frames // 2, tokens, 2)), (position, (frames, dim)))
-    if _rounds_elsewhere(logits):
+    if rounds_elsewhere(logits):
         z, weights = pair_interpolate_forward(x, logits.float(), position)
         return z, weights.to(logits.dtype)
     x, logits = channels_contiguous(x, "pair_interpolate"), logits.contiguous()
     z = empty((batch, frames // 2, tokens, dim), x)
     weights = empty(logits.shape, logits)
     at, unit = settings("pair_interpolate_forward", x), vector(x)
-    tiling = _tiling(at, x)
+    tile = tiling(at, x, batch * (frames // 2))
     launch(
         _pair_interpolate_forward_kernel,
-        lambda at: batch * (frames // 2) * tiling["tiles"],
+        lambda at: batch * (frames // 2) * tile["tiles"],
         at,
         x=x,
         logits=logits,
@@ -211,7 +169,7 @@ def pair_interpolate_forward(x: Tensor, logits: Tensor, position: Tensor | None)
         tokens=tokens,
         dim=dim // unit,
         **strides(x, unit),
-        **tiling,
+        **tile,
         VECTOR=unit,
         WIDE=wide(x),
         SOFTMAX=_softmax_dtype(x, logits),
@@ -231,7 +189,7 @@ def pair_interpolate_backward(
     batch, frames, tokens, dim = x.shape
     pairs = (batch, frames // 2, tokens)
     expect(x, (logits, (*pairs, 2)), (grad_weights, (*pairs, 2)), (grad_z, (*pairs, dim)), (position, (frames, dim)))
-    if _rounds_elsewhere(logits):
+    if rounds_elsewhere(logits):
         wide_logits = (grad_weights.float(), x, logits.float())
         grads = pair_interpolate_backward(grad_z, *wide_logits, position, needs, grad_x_accumulate)
         return grads[0], None if grads[1] is None else grads[1].to(logits.dtype), grads[2]
@@ -241,11 +199,11 @@ def pair_interpolate_backward(
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
     grad_logits = empty(logits.shape, logits) if needs[1] else None
     grad_position = empty((frames, dim), position) if needs[2] else None
-    tiling = _tiling(at, x)
-    partials = empty((batch * tiling["tiles"], frames, dim), x, wide_dtype(x)) if needs[2] else None
+    tile = tiling(at, x, batch * (frames // 2))
+    partials = empty((batch * tile["tiles"], frames, dim), x, wide_dtype(x)) if needs[2] else None
     launch(
         _pair_interpolate_backward_kernel,
-        lambda at: batch * (frames // 2) * tiling["tiles"],
+        lambda at: batch * (frames // 2) * tile["tiles"],
         at,
         grad_z=grad_z,
         grad_weights=grad_weights,
@@ -260,7 +218,7 @@ def pair_interpolate_backward(
         dim=dim // unit,
         **strides(x, unit),
         **{f"grad_{name}": stride for name, stride in strides(grad_z, unit).items()},
-        **tiling,
+        **tile,
         ACCUMULATE=grad_x is not None and grad_x_accumulate is not None,
         VECTOR=unit,
         WIDE=wide(x),
@@ -269,21 +227,6 @@ def pair_interpolate_backward(
     if grad_position is not None:
         sum_partials(partials, grad_position, (dim, 1))
     return None if grad_x_accumulate is not None else grad_x, grad_logits, grad_position
-
-
-def _tiling(at: Settings, x: Tensor) -> dict[str, int]:
-    """How a frame's tokens are shared out: whole tiles where the batch is large; where it isn't, smaller ones, down to
-    half, so that there are enough programs. No more than that: each writes a row of partial sums."""
-    batch, frames, tokens, _ = x.shape
-    enough = triton.cdiv(LEAST_PROGRAMS, max(1, batch * (frames // 2)))
-    tiles = max(triton.cdiv(tokens, at.tokens), min(enough, triton.cdiv(tokens, at.tokens // 2)))
-    tile_tokens = triton.cdiv(tokens, tiles)
-    return {"tile_tokens": tile_tokens, "tiles": triton.cdiv(tokens, tile_tokens)}
-
-
-def _rounds_elsewhere(logits: Tensor) -> bool:
-    """Whether logits are bfloat16 where a GPU can't round to it: float32 holds them, and PyTorch rounds what comes."""
-    return logits.dtype == torch.bfloat16 and capability(logits) < 80
 
 
 def _softmax_dtype(x: Tensor, logits: Tensor) -> tl.dtype:

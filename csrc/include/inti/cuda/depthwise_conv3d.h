@@ -36,10 +36,10 @@ struct DepthwiseConv3dBackward {
   void* grad_x;             // [batch, frames, prefix + height·width, dim] contiguous, or null
   bool accumulate;          // grad_x is added to, not written
   void* grad_position;      // wide [frames, dim], or null
-  void* position_partials;  // wide [batch · tiles, frames, dim]; null without grad_position
+  void* position_partials;  // wide [batch · tiles, frames, dim], or null
   void* grad_weight;        // [dim, 3, kernel_space, kernel_space], or null
   void* grad_bias;          // [dim], or null
-  void* weight_partials;    // wide [batch · runs · tiles, dim, 3·kernel_space² + 1]; null without either of the two
+  void* weight_partials;    // wide [batch · runs · tiles, dim, 3·kernel_space² + 1], the bias's last; or null
   void* stream;
 };
 

@@ -37,6 +37,18 @@ struct InterpolationHeadForward {
   void* stream;
 };
 
+// The hidden layer's product alone: what the forward with preactivation leaves there, bit for bit.
+struct InterpolationHeadPreactivation {
+  InterpolationHeadShape shape;
+  const void* features;
+  const void* cube;
+  const void* frame_bias;
+  const void* weight1;
+  const void* bias1;
+  void* preactivation;  // [rows, hidden]
+  void* stream;
+};
+
 // The backward before the products of the first Linear, which are the caller's (grad_preactivation · weight1 gives
 // features' and cube's gradients, grad_preactivationᵀ · features, · cube and grad_frame_biasᵀ · frame_context
 // weight1's).
@@ -54,12 +66,15 @@ struct InterpolationHeadBackward {
   void* grad_x;               // [batch, frames, tokens, dim] contiguous, or null
   bool accumulate;            // grad_x is added to, not written
   void* grad_position;        // wide (by x_dtype) [frames, dim], or null
-  void* position_partials;    // as pair_interpolate's partials; null without grad_position
+  void* position_partials;    // as pair_interpolate's partials
   void* grad_difference;      // wide [rows], written
+  void* grad_bias2;           // [2], or null: sums of grad_difference, and less itself
   void* grad_preactivation;   // [rows, hidden], or null: then none of the following is written
-  void* grad_frame_bias;  // wide [batch·frames/2, hidden]: sums of grad_preactivation over a frame's tokens, or null
-  void* grad_weight2;     // [2, hidden], or null
-  void* hidden_partials;  // wide [interpolation_head_tiles(...), 2, hidden]; null without the two above
+  void* grad_frame_bias;   // wide [batch·frames/2, hidden]: sums of grad_preactivation over a frame's tokens, or null
+  void* grad_bias1;        // [hidden], or null
+  void* frame_partials;    // wide [tiles, batch·frames/2, hidden]: of the two above; null without either
+  void* grad_weight2;      // [2, hidden], or null
+  void* weight2_partials;  // wide [tiles·batch·frames/2, hidden]: of its first row
   void* stream;
 };
 
@@ -67,10 +82,11 @@ struct InterpolationHeadBackward {
 
 // Column tiles of the hidden layer, each of which leaves one partial difference a row.
 int64_t interpolation_head_partials(const InterpolationHeadShape&);
-// Tiles of tokens (of one pair of frames each) in which the backward sums over rows.
+// tiles · batch · frames/2: tiles of tokens (of one pair of frames each) in which the backward sums over rows.
 int64_t interpolation_head_tiles(const InterpolationHeadShape&);
 
 void interpolation_head_forward(const InterpolationHeadForward&);
+void interpolation_head_preactivation(const InterpolationHeadPreactivation&);
 void interpolation_head_backward(const InterpolationHeadBackward&);
 
 #endif  // __CUDACC_RTC__

@@ -36,7 +36,7 @@ struct PairInterpolateBackward {
   bool accumulate;           // grad_x is added to, not written
   void* grad_logits;         // [batch, frames/2, tokens, 2], or null
   void* grad_position;       // wide [frames, dim], or null
-  void* partials;            // wide [batch, pair_interpolate_tiles(...), frames, dim]; null without grad_position
+  void* partials;            // wide [batch, pair_interpolate_tiles(...), frames, dim], or null
   void* stream;
 };
 

@@ -33,11 +33,12 @@ struct TokenFeaturesForward {
 //   grad_normalized = grad_preactivation · weight,  grad_weight = grad_preactivationᵀ · normalized.
 struct TokenFeaturesBackwardActivation {
   TokenFeaturesShape shape;
-  const void* grad_features;  // [batch, frames/2, tokens, 2·width] contiguous
-  const void* preactivation;  // [rows, width]
-  void* grad_preactivation;   // [rows, width]
-  void* grad_bias;            // [width], or null
-  void* partials;             // wide [token_features_tiles(...), width]; null without grad_bias
+  const void* grad_features;    // [batch, frames/2, tokens, 2·width]: rows of 2·width, contiguous
+  int64_t grad_features_pitch;  // from row to row
+  const void* preactivation;    // [rows, width]
+  void* grad_preactivation;     // [rows, width]
+  void* grad_bias;              // [width], or null
+  void* partials;               // wide [token_features_tiles(...), width], or null
   void* stream;
 };
 
@@ -55,7 +56,8 @@ struct TokenFeaturesBackwardNorm {
   void* grad_norm_weight;       // [dim], or null
   void* grad_norm_bias;         // [dim], or null
   void* grad_position;          // wide [frames, dim], or null
-  void* partials;               // wide [token_features_tiles(...), 3, dim]; null without the three above
+  void* norm_partials;          // wide [token_features_tiles(...), 2, dim]: the weight's, the bias's; or null
+  void* position_partials;      // wide [token_features_tiles(...) / frames, frames, dim], or null
   void* stream;
 };
 
@@ -72,6 +74,14 @@ struct TokenFeaturesNormalize {
   void* stream;
 };
 
+// The features once more, from what the forward kept.
+struct TokenFeaturesActivation {
+  TokenFeaturesShape shape;
+  const void* preactivation;  // [rows, width]
+  void* features;             // [batch, frames/2, tokens, 2·width]
+  void* stream;
+};
+
 #ifndef __CUDACC_RTC__  // host code
 
 // Tiles of tokens (of one frame each) in which the backward sums parameters' gradients; batch-major, then frames.
@@ -79,6 +89,7 @@ int64_t token_features_tiles(const TokenFeaturesShape&);
 
 void token_features_forward(const TokenFeaturesForward&);
 void token_features_backward_activation(const TokenFeaturesBackwardActivation&);
+void token_features_activation(const TokenFeaturesActivation&);
 void token_features_normalize(const TokenFeaturesNormalize&);
 void token_features_backward_norm(const TokenFeaturesBackwardNorm&);
 

@@ -1,0 +1,195 @@
+// token_features on the CPU: the passes around the Linear's products. All are limited by memory: a row is read once and
+// stays in the first cache while it is worked on.
+#include "inti/token_features.h"
+
+#include "gelu.h"
+#include "rows.h"
+
+namespace inti::INTI_ISA {
+namespace {
+
+template <class Task>
+void for_each_block(const TokenFeaturesShape& shape, const Task& task) {
+  for_each_block(shape.first, shape.count, shape.tokens, shape.threads, task);
+}
+
+// A frame's tokens as the LayerNorm sees them: x + position.
+template <class T>
+struct FrameOfTokens {
+  using A = wide_t<T>;
+  const T* x;
+  int64_t stride;
+  const A* position;
+
+  template <class Pass>
+  FrameOfTokens(const Pass& p, int64_t frame)
+      : x(token<T>(p.x, p.x_strides, frame / p.shape.frames, frame % p.shape.frames, 0)),
+        stride(p.x_strides.token),
+        position(p.position ? static_cast<const A*>(p.position) + frame % p.shape.frames * p.shape.dim : nullptr) {}
+
+  template <class Load>
+  __attribute__((always_inline)) Vec<A> at(int64_t k, int64_t c, const Load& load) const {
+    const Vec<A> v = load(x + k * stride + c);
+    return position ? v + load(position + c) : v;
+  }
+};
+
+template <class A>
+struct Statistics {
+  A mean, scale;  // scale: 1/σ
+};
+
+template <class T>
+Statistics<wide_t<T>> statistics_of(const FrameOfTokens<T>& frame, int64_t k, int64_t dim, double eps) {
+  using A = wide_t<T>;
+  // Two sums side by side hide the addition's latency.
+  Vec<A> sums[2] = {}, squares[2] = {};
+  int64_t i = 0;
+  for_each_vector<T>(
+      dim, [&](int64_t c, auto load, auto) __attribute__((always_inline)) { sums[i++ & 1] += frame.at(k, c, load); });
+  const A mean = sum_lanes<A>(sums[0] + sums[1]) / A(dim);
+  for_each_vector<T>(dim, [&](int64_t c, auto load, auto) __attribute__((always_inline)) {
+    const Vec<A> off = inside<A>(load, frame.at(k, c, load) - mean);
+    squares[i++ & 1] += off * off;
+  });
+  const A variance = sum_lanes<A>(squares[0] + squares[1]) / A(dim);
+  return {mean, A(1 / __builtin_sqrt(double(variance) + eps))};
+}
+
+template <class T, class P>
+void normalize(const TokenFeaturesNormalize& p) {
+  using A = wide_t<T>;
+  const int64_t dim = p.shape.dim, tokens = p.shape.tokens;
+  const A* norm_weight = static_cast<const A*>(p.norm_weight);
+  const A* norm_bias = static_cast<const A*>(p.norm_bias);
+  for_each_block(p.shape, [&](const Block& block) {
+    const FrameOfTokens<T> frame(p, block.frame);
+    for (int64_t k = block.begin; k < block.end; ++k) {
+      A* kept = static_cast<A*>(p.statistics) + 2 * (block.frame * tokens + k);
+      if (!p.have_statistics) {
+        const Statistics<A> now = statistics_of(frame, k, dim, p.eps);
+        kept[0] = now.mean;
+        kept[1] = now.scale;
+      }
+      const A mean = kept[0], scale = kept[1];
+      P* out = static_cast<P*>(p.normalized) + ((block.frame - p.shape.first) * tokens + k) * dim;
+      for_each_vector<T>(dim, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        const Vec<A> v = (frame.at(k, c, load) - mean) * scale;
+        store(out + c, v * load(norm_weight + c) + load(norm_bias + c));
+      });
+    }
+  });
+}
+
+// Where a token's features are: with those of the pair's other frame in one row.
+int64_t features_at(const TokenFeaturesShape& shape, int64_t frame, int64_t k, int64_t pitch) {
+  return (frame / 2 * shape.tokens + k) * pitch + frame % 2 * shape.width;
+}
+
+template <class N, class P>
+void activation(const TokenFeaturesActivation& p) {
+  using A = wide_t<N>;
+  const int64_t width = p.shape.width, tokens = p.shape.tokens;
+  const A* bias = static_cast<const A*>(p.bias);
+  for_each_block(p.shape, [&](const Block& block) {
+    for (int64_t k = block.begin; k < block.end; ++k) {
+      const P* product = static_cast<const P*>(p.product) + ((block.frame - p.shape.first) * tokens + k) * width;
+      N* features = static_cast<N*>(p.features) + features_at(p.shape, block.frame, k, 2 * width);
+      N* kept = p.preactivation ? static_cast<N*>(p.preactivation) + (block.frame * tokens + k) * width : nullptr;
+      for_each_vector<N>(width, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        Vec<A> v = load(product + c);
+        if (bias) v += load(bias + c);
+        if (kept) store(kept + c, v);
+        store(features + c, gelu<A>(v).value);
+      });
+    }
+  });
+}
+
+template <class N, class P>
+void activation_backward(const TokenFeaturesActivationBackward& p) {
+  using A = wide_t<N>;
+  const int64_t width = p.shape.width, tokens = p.shape.tokens;
+  for_each_block(p.shape, [&](const Block& block) {
+    A* sum = p.partials ? static_cast<A*>(p.partials) + block.number * width : nullptr;
+    if (sum)
+      for (int64_t c = 0; c < width; ++c) sum[c] = 0;
+    for (int64_t k = block.begin; k < block.end; ++k) {
+      const N* upstream =
+          static_cast<const N*>(p.grad_features) + features_at(p.shape, block.frame, k, p.grad_features_pitch);
+      const N* kept = static_cast<const N*>(p.preactivation) + (block.frame * tokens + k) * width;
+      P* grad = static_cast<P*>(p.grad_preactivation) + ((block.frame - p.shape.first) * tokens + k) * width;
+      for_each_vector<N>(width, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        const Vec<A> v = load(upstream + c) * gelu<A>(load(kept + c)).slope;
+        store(grad + c, v);
+        if (sum) store(sum + c, load(sum + c) + v);
+      });
+    }
+  });
+}
+
+// With g the gradient of the normalised row y times norm_weight, and y without norm_weight and norm_bias:
+// dx = (g - mean(g) - y·mean(g·y)) / σ.
+template <class T, class P>
+void norm_backward(const TokenFeaturesNormBackward& p) {
+  using A = wide_t<T>;
+  const int64_t dim = p.shape.dim, tokens = p.shape.tokens;
+  const A* norm_weight = static_cast<const A*>(p.norm_weight);
+  for_each_block(p.shape, [&](const Block& block) {
+    const FrameOfTokens<T> frame(p, block.frame);
+    A* sums = p.partials ? static_cast<A*>(p.partials) + block.number * 3 * dim : nullptr;
+    if (sums)
+      for (int64_t c = 0; c < 3 * dim; ++c) sums[c] = 0;
+    for (int64_t k = block.begin; k < block.end; ++k) {
+      const int64_t row = block.frame * tokens + k;
+      const A mean = static_cast<const A*>(p.statistics)[2 * row],
+              scale = static_cast<const A*>(p.statistics)[2 * row + 1];
+      const P* upstream = static_cast<const P*>(p.grad_normalized) + (row - p.shape.first * tokens) * dim;
+      Vec<A> of_g = {}, of_gy = {};
+      for_each_vector<T>(dim, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        const Vec<A> y = (frame.at(k, c, load) - mean) * scale, of_row = load(upstream + c);
+        const Vec<A> g = of_row * load(norm_weight + c);
+        of_g += g;
+        of_gy += g * y;
+        if (sums) {
+          store(sums + c, load(sums + c) + of_row * y);
+          store(sums + dim + c, load(sums + dim + c) + of_row);
+        }
+      });
+      const A mean_g = sum_lanes<A>(of_g) / A(dim), mean_gy = sum_lanes<A>(of_gy) / A(dim);
+      T* grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + row * dim : nullptr;
+      for_each_vector<T>(dim, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        const Vec<A> y = (frame.at(k, c, load) - mean) * scale, g = load(upstream + c) * load(norm_weight + c);
+        const Vec<A> grad = (g - mean_g - y * mean_gy) * scale;
+        if (sums) store(sums + 2 * dim + c, load(sums + 2 * dim + c) + grad);
+        if (grad_x) store(grad_x + c, p.accumulate ? load(grad_x + c) + grad : grad);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+void token_features_normalize(const TokenFeaturesNormalize& p) {
+  by_two_dtypes(p.shape.dtype, p.shape.product,
+                [&](auto x, auto product) { normalize<element_t<decltype(x)>, element_t<decltype(product)>>(p); });
+}
+
+void token_features_activation(const TokenFeaturesActivation& p) {
+  by_network(p.shape.network, p.shape.product, [&](auto network, auto product) {
+    activation<element_t<decltype(network)>, element_t<decltype(product)>>(p);
+  });
+}
+
+void token_features_activation_backward(const TokenFeaturesActivationBackward& p) {
+  by_network(p.shape.network, p.shape.product, [&](auto network, auto product) {
+    activation_backward<element_t<decltype(network)>, element_t<decltype(product)>>(p);
+  });
+}
+
+void token_features_norm_backward(const TokenFeaturesNormBackward& p) {
+  by_two_dtypes(p.shape.dtype, p.shape.product,
+                [&](auto x, auto product) { norm_backward<element_t<decltype(x)>, element_t<decltype(product)>>(p); });
+}
+
+}  // namespace inti::INTI_ISA

@@ -1,0 +1,372 @@
+"""The whole module as a chain of the other ops' kernels, on every backend: one buffer for the gradient of x, no tensor
+kept that one pass over another gives back.
+
+The frame and the global level work on B·T class tokens: plain PyTorch, run again in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import functional
+from . import implementation, settle
+from ._arguments import channels_contiguous, in_wide_dtype, wide_dtype
+
+
+class Inputs(NamedTuple):
+    """The tensors of the op `inti`, in its order; see :func:`inti_kernels.reference.functional.inti`."""
+
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+    cube_weight: Tensor | None
+    cube_bias: Tensor | None
+    pair_norm_weight: Tensor | None
+    pair_norm_bias: Tensor | None
+    pair_weight: Tensor | None
+    pair_bias: Tensor | None
+    frame_norm_weight: Tensor | None
+    frame_norm_bias: Tensor | None
+    frame_weight: Tensor | None
+    frame_bias: Tensor | None
+    global_weight1: Tensor | None
+    global_bias1: Tensor | None
+    global_weight2: Tensor | None
+    global_bias2: Tensor | None
+    global_weight3: Tensor | None
+    global_bias3: Tensor | None
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+    position: Tensor | None
+
+
+# Where the parameters of the frame and the global level stand among the inputs.
+FRAME, GLOBAL = slice(7, 15), slice(15, 21)
+
+
+class Kept(NamedTuple):
+    """What the forward leaves for the backward beside the inputs; empty tensors where it is computed again.
+
+    Attributes:
+        statistics: mean and 1/σ of the token level's LayerNorm [B, T, N, 2].
+        token_preactivation: what the token level's GELU was taken of [B, T, N, D].
+        cube: F_cube [B, T/2, N, C].
+        difference: of the two logits [B, T/2, N].
+        head_preactivation: what the head's GELU was taken of [B, T/2, N, h].
+    """
+
+    statistics: Tensor
+    token_preactivation: Tensor
+    cube: Tensor
+    difference: Tensor
+    head_preactivation: Tensor
+
+
+class Sizes(NamedTuple):
+    """What else the op takes.
+
+    Attributes:
+        grid: (H, W).
+        prefix: tokens before the patches.
+        eps: of the three LayerNorms.
+        dtype: what the products are to be computed in: x's, or autocast's.
+    """
+
+    grid: Sequence[int]
+    prefix: int
+    eps: Sequence[float]
+    dtype: torch.dtype
+
+
+def computed_in(x: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
+    """The dtype of the products and of what is kept of them: ``dtype``, but float32 for tokens in float32 where the
+    machine has no products in autocast's."""
+    if x.dtype == torch.float32 and settle("inti", backend, x) == "cpu":
+        from .cpu._products import product_dtype
+
+        return product_dtype(dtype)
+    return dtype
+
+
+def inti_forward(
+    inputs: Inputs, sizes: Sizes, keep: bool, recompute: bool, backend: str
+) -> tuple[Tensor, Tensor, Kept]:
+    """z [B, T/2, N, C] in x's dtype, the weights [B, T/2, N, 2] in ``sizes.dtype``, and what is kept (nothing without
+    ``keep``; with ``recompute`` only what is small beside x)."""
+    run = _Chain(inputs, sizes, backend)
+    features, statistics, token_preactivation = run.token_features(keep)
+    if recompute:
+        token_preactivation = None  # to be freed before the rest allocates
+    cube = run.cube()
+    context = _Context(inputs, sizes.prefix, sizes.eps)(*run.class_level_tensors())
+    z, weights, difference, head_preactivation = run.head(features, cube, context, keep)
+    large = (True, not recompute, not recompute and cube is not None, True, not recompute)
+    kept = (statistics, token_preactivation, cube, difference, head_preactivation)
+    # An op's outputs may not be one tensor twice.
+    kept = Kept(*(t if keep and there else features.new_empty(0) for t, there in zip(kept, large, strict=True)))
+    return z, weights.to(sizes.dtype), kept
+
+
+def inti_backward(
+    grad_z: Tensor,
+    grad_weights: Tensor,
+    inputs: Inputs,
+    sizes: Sizes,
+    kept: Kept,
+    needs: Sequence[bool],
+    grad_x_accumulate: Tensor | None,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs; None where ``needs`` says no, or where x's went into the accumulator."""
+    if not any(needs):
+        return (None,) * len(inputs)
+    run, need = _Chain(inputs, sizes, backend, direction="backward"), Inputs(*needs)
+    levels = [i for i in (*range(*FRAME.indices(99)), *range(*GLOBAL.indices(99))) if needs[i]]
+    # Whoever sees x + σ·P has a part in both their gradients.
+    tokens = need.x or need.position
+    context, pull_back = _Context(inputs, sizes.prefix, sizes.eps).differentiate(
+        run.class_level_tensors(), ([0] if tokens else []) + levels
+    )
+    kept, features = run.kept_and_features(kept, context)
+    needs_of_token = (need.norm_weight, need.norm_bias, need.weight, need.bias)
+    grads: dict[str, Tensor | None] = {}
+    with run.sums_in_one_launch():
+        of_head = run.head_backward(
+            grad_z,
+            grad_weights,
+            features,
+            context,
+            kept,
+            (
+                tokens or any(needs_of_token),
+                inputs.cube_weight is not None and (tokens or need.cube_weight or need.cube_bias),
+                context is not None and bool(tokens or levels),
+                need.x,
+                *needs[21:25],
+                need.position,
+            ),
+            grad_x_accumulate,
+        )
+        grad_features, grad_cube, grad_context, grad_x, *of_network, of_position = of_head
+        grads.update(zip(("weight1", "bias1", "weight2", "bias2"), of_network, strict=True))
+        buffer = grad_x if grad_x_accumulate is None else grad_x_accumulate
+        positions = [of_position]
+        # Where the other kernels see the tokens in another dtype, they have a buffer in that.
+        shared = buffer if run.tokens is run.inputs.x and need.x else None
+        if grad_cube is not None:
+            of_x, grads["cube_weight"], grads["cube_bias"], of_position = run.cube_backward(
+                grad_cube, (need.x, need.cube_weight, need.cube_bias, need.position), shared
+            )
+            shared = of_x if shared is None else shared
+            positions.append(of_position)
+        if grad_features is not None:
+            of_x, *of_token, of_position = run.token_features_backward(
+                grad_features, kept, (need.x, *needs_of_token, need.position), shared
+            )
+            grads.update(zip(("norm_weight", "norm_bias", "weight", "bias"), of_token, strict=True))
+            shared = of_x if shared is None else shared
+            positions.append(of_position)
+    if need.x and shared is not buffer:
+        buffer += shared
+    if grad_context is not None:
+        of_levels = list(pull_back(grad_context))
+        if tokens:
+            of_class = of_levels.pop(0)  # [B, T, C]
+            if need.x:
+                _add_to_class_tokens(buffer, of_class, sizes.prefix)
+            positions.append(of_class.sum(0) if need.position else None)
+        grads.update((Inputs._fields[i], grad) for i, grad in zip(levels, of_levels, strict=True))
+    if need.x and grad_x_accumulate is None:
+        grads["x"] = buffer
+    if need.position:
+        parts = [part.to(wide_dtype(part)) for part in positions if part is not None]
+        grads["position"] = sum(parts[1:], parts[0])
+    return tuple(
+        None if grads.get(name) is None or not wanted else grads[name].to(tensor.dtype)
+        for name, tensor, wanted in zip(Inputs._fields, inputs, needs, strict=True)
+    )
+
+
+class _Chain:
+    """The kernels of the chain, and the inputs as they take them.
+
+    Attributes:
+        tokens: x as the convolution and the token level read it: in the products' dtype, but for kernels that read
+            float32 beside it.
+        position: σ·P in what kernels add it in, converted once for all.
+    """
+
+    def __init__(self, inputs: Inputs, sizes: Sizes, backend: str, direction: str = "forward") -> None:
+        x = channels_contiguous(inputs.x, "inti")
+        inputs = inputs._replace(x=x)
+        self.inputs, self.sizes, self.backend, self.direction = inputs, sizes, backend, direction
+        self.dtype = computed_in(x, sizes.dtype, backend)
+        reads_both = x.dtype == torch.float32 and settle("token_features", backend, x) == "cpu"
+        self.tokens = x if reads_both else x.to(self.dtype)
+        self.norm = tuple(tensor.to(self.tokens.dtype) for tensor in (inputs.norm_weight, inputs.norm_bias))
+        self.linear = (inputs.weight.to(self.dtype), inputs.bias.to(self.dtype))
+        self.network = tuple(tensor.to(self.dtype) for tensor in inputs[21:25])
+        self.position = in_wide_dtype(inputs.position, x)
+
+    def _module(self, op: str, x: Tensor, direction: str) -> ModuleType:
+        return implementation(op, self.backend, x, direction=direction)
+
+    def class_level_tensors(self) -> list[Tensor | None]:
+        """What the class tokens' levels are computed from, the class tokens first. On the CPU 16-bit products of a few
+        rows are slow, and float32 costs nothing."""
+        cls = _class_tokens(self.inputs, self.sizes.prefix)
+        cls = cls.to(self.dtype if cls.is_cuda else wide_dtype(cls))
+        parameters = (*self.inputs[FRAME], *self.inputs[GLOBAL])
+        return [cls, *(None if tensor is None else tensor.to(cls.dtype) for tensor in parameters)]
+
+    def token_features(self, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        module = self._module("token_features", self.tokens, "forward")
+        return module.token_features_forward(
+            self.tokens, *self.norm, *self.linear, self.position, self.sizes.eps[0], keep
+        )
+
+    def cube(self) -> Tensor | None:
+        if self.inputs.cube_weight is None:
+            return None
+        module = self._module("depthwise_conv3d", self.tokens, "forward")
+        parameters = (self.inputs.cube_weight, self.inputs.cube_bias, self.position)
+        cube = module.depthwise_conv3d_forward(self.tokens, *parameters, self.sizes.grid, 2, self.sizes.prefix)
+        return cube.to(self.dtype)
+
+    def head(
+        self, features: Tensor, cube: Tensor | None, context: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        module = self._module("interpolation_head", self.inputs.x, "forward")
+        context = None if context is None else context.to(self.dtype)
+        return module.interpolation_head_forward(
+            features, cube, context, self.inputs.x, *self.network, self.position, keep
+        )
+
+    def kept_and_features(self, kept: Kept, context: Tensor | None) -> tuple[Kept, Tensor]:
+        """What the forward kept, with what it didn't computed again, and F_token."""
+        if kept.token_preactivation.numel():
+            module = self._module("token_features", self.tokens, "backward")
+            features = module.token_features_activation(kept.token_preactivation)
+            return kept, features
+        features, statistics, token_preactivation = self.token_features(True)
+        cube = self.cube()
+        head = self._module("interpolation_head", self.inputs.x, "backward")
+        context = None if context is None else context.to(self.dtype)
+        if kept.difference.numel():
+            preactivation = head.interpolation_head_preactivation(features, cube, context, *self.network[:2])
+            difference = kept.difference
+        else:  # the forward was run where no gradient was in sight
+            _, _, difference, preactivation = self.head(features, cube, context, True)
+        nothing = features.new_empty(0)
+        cube = nothing if cube is None else cube
+        return Kept(statistics, token_preactivation, cube, difference, preactivation), features
+
+    def sums_in_one_launch(self) -> AbstractContextManager[None]:
+        """On the cuda backend the ordered sums of all partial sums are one launch, at the end of the block."""
+        if settle("interpolation_head", self.backend, self.inputs.x) == "cuda":
+            from .cuda._launch import deferred_sums
+
+            return deferred_sums()
+        return nullcontext()
+
+    def head_backward(
+        self,
+        grad_z: Tensor,
+        grad_weights: Tensor,
+        features: Tensor,
+        context: Tensor | None,
+        kept: Kept,
+        needs: Sequence[bool],
+        accumulate: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        module = self._module("interpolation_head", self.inputs.x, "backward")
+        return module.interpolation_head_backward(
+            grad_z,
+            grad_weights.to(self.dtype),
+            features,
+            None if self.inputs.cube_weight is None else kept.cube,
+            None if context is None else context.to(self.dtype),
+            self.inputs.x,
+            *self.network,
+            self.position,
+            kept.difference,
+            kept.head_preactivation,
+            needs,
+            accumulate,
+        )
+
+    def cube_backward(
+        self, grad_cube: Tensor, needs: Sequence[bool], accumulate: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        module = self._module("depthwise_conv3d", self.tokens, "backward")
+        parameters = (self.inputs.cube_weight, self.inputs.cube_bias, self.position)
+        sizes = (self.sizes.grid, 2, self.sizes.prefix)
+        grad_cube = grad_cube.to(self.tokens.dtype)
+        return module.depthwise_conv3d_backward(grad_cube, self.tokens, *parameters, *sizes, needs, accumulate)
+
+    def token_features_backward(
+        self, grad_features: Tensor, kept: Kept, needs: Sequence[bool], accumulate: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        module = self._module("token_features", self.tokens, "backward")
+        inputs = (self.tokens, *self.norm, *self.linear, self.position, self.sizes.eps[0])
+        of_forward = (kept.statistics, kept.token_preactivation)
+        return module.token_features_backward(grad_features, *inputs, *of_forward, needs, accumulate)
+
+
+class _Context:
+    """F_frame + F_global as a function of the class tokens and the levels' parameters."""
+
+    def __init__(self, inputs: Inputs, prefix: int, eps: Sequence[float]) -> None:
+        self.has_frame, self.has_global = inputs.pair_weight is not None, inputs.global_weight1 is not None
+        self.eps = eps[1:]
+
+    def __call__(self, cls: Tensor, *parameters: Tensor | None) -> Tensor | None:
+        frame, convolutions = parameters[:8], parameters[8:]
+        return functional.frame_context(
+            cls, frame if self.has_frame else None, convolutions if self.has_global else None, self.eps
+        )
+
+    def differentiate(
+        self, tensors: Sequence[Tensor | None], wanted: Sequence[int]
+    ) -> tuple[Tensor | None, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """The context, and what takes its gradient to those of the wanted tensors: 0 for the class tokens, for the
+        parameters their place among the op's inputs."""
+        if not (self.has_frame or self.has_global):
+            return None, lambda grad: ()
+        places = [0 if i == 0 else i - FRAME.start + 1 for i in wanted]
+
+        def of_wanted(*values: Tensor) -> Tensor:
+            arguments = list(tensors)
+            for place, value in zip(places, values, strict=True):
+                arguments[place] = value
+            return self(*arguments)
+
+        if not places:
+            return self(*tensors), lambda grad: ()
+        context, vjp = torch.func.vjp(of_wanted, *(tensors[place] for place in places))
+        return context, lambda grad: vjp(grad.to(context.dtype))
+
+
+def _class_tokens(inputs: Inputs, prefix: int) -> Tensor:
+    """Of x + σ·P, [B, T, C]."""
+    if prefix:
+        return functional.add_position(inputs.x[:, :, :1], inputs.position)[:, :, 0]
+    mean = inputs.x.mean(dim=2, keepdim=True)
+    return functional.add_position(mean, inputs.position)[:, :, 0]
+
+
+def _add_to_class_tokens(grad_x: Tensor, of_class: Tensor, prefix: int) -> None:
+    if prefix:
+        grad_x[:, :, 0].add_(of_class)  # += would copy the slice onto itself besides
+    else:
+        grad_x += of_class[:, :, None] / grad_x.shape[2]

@@ -1,0 +1,279 @@
+"""What is the cpu backend's own: its GELU, its products, its chunks, and the functions that the whole module's op calls
+beside the ops'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import op_suite
+import pytest
+import torch
+from op_subject import Subject, assert_same_bits
+from torch import Tensor
+
+from inti_kernels.backends.cpu import _call, _products, interpolation_head, token_features
+from inti_kernels.testing import assert_close_three_way, op_cases, three_way
+
+pytestmark = pytest.mark.only_under_test("cpu")
+
+TOKEN = Subject("token_features", ("x", "norm_weight", "norm_bias", "weight", "bias", "position"), more=(1e-5,), kept=2)
+HEAD = Subject(
+    "interpolation_head",
+    ("features", "cube", "frame_context", "x", "weight1", "bias1", "weight2", "bias2", "position"),
+    kept=2,
+)
+SUBJECTS = pytest.mark.parametrize("subject", [TOKEN, HEAD], ids=lambda subject: subject.name)
+HALVES = (torch.bfloat16, torch.float16)
+DRAWS = 12  # enough for the two numbers of bias2; the default takes 32
+
+
+# --- GELU -------------------------------------------------------------------------------------------------------------
+
+
+def gelu(x: Tensor) -> Tensor:
+    return token_features.token_features_activation(x.view(1, 2, 1, -1)).flatten()
+
+
+def slope(x: Tensor) -> Tensor:
+    """GELU'(x), which the backward multiplies a gradient of ones by."""
+    grad = torch.empty_like(x)
+    _call.call(
+        "token_features_activation_backward",
+        shape=(1, 2, 1, 0, x.numel() // 2, 0, 2),
+        dtypes=(_call.name_of(x.dtype),) * 3,
+        grad_features=torch.ones_like(x),
+        grad_features_pitch=x.numel(),
+        preactivation=x,
+        grad_preactivation=grad,
+        partials=None,
+    )
+    return grad
+
+
+def floats_of_both_signs() -> Tensor:
+    """Every 61st float32 from 2⁻⁴⁰ to 16, and those between 12.9 and 13.1."""
+    bits = torch.arange(0x2B800000, 0x41800000, 61, dtype=torch.int32)
+    positive = torch.cat((bits.view(torch.float32), torch.linspace(12.9, 13.1, 4001)))
+    return torch.cat((positive, -positive))
+
+
+def in_units(error: Tensor, exact: Tensor) -> Tensor:
+    """In units of the last place of float32, of its smallest normal number below that."""
+    _, exponent = torch.frexp(exact)
+    return error.abs() / torch.exp2(exponent.clamp(min=-125).double() - 24)
+
+
+def test_gelu_keeps_its_digits(backend: str) -> None:
+    """Φ is within 2 units above 0 and 10 below; the product with x may have twice as many, and rounds."""
+    x = floats_of_both_signs()
+    wide = x.double()
+    exact = 0.5 * wide * torch.special.erfc(-wide * 0.5**0.5)
+    error = in_units(gelu(x).double() - exact, exact)
+    assert float(error[x > 0].max()) <= 4
+    assert float(error[(x < 0) & (x > -12.9)].max()) <= 12
+    assert float((gelu(x).double() - exact).abs()[x < -12.9].max()) <= 2**-120
+
+
+def test_the_slope_of_gelu(backend: str) -> None:
+    x = floats_of_both_signs()
+    wide = x.double()
+    exact = 0.5 * torch.special.erfc(-wide * 0.5**0.5) + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    assert float((slope(x).double() - exact).abs().max()) <= 2**-22
+
+
+def test_gelu_falls_to_its_limits(backend: str) -> None:
+    """Where Φ is all but 0 or 1 there is no step up or down that rounding doesn't explain."""
+    x = torch.linspace(3, 16, 100_000)
+    assert bool((gelu(x)[x > 6] == x[x > 6]).all())
+    tail = gelu(-x)
+    assert bool((tail <= 0).all())
+    assert bool((tail[1:] >= tail[:-1] * (1 + 1e-6)).all())
+    assert bool((tail[x > 13.0] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gelu_of_what_is_no_ordinary_number(backend: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 1e-40], dtype=dtype)
+    expected = torch.nn.functional.gelu(x)
+    assert_same_bits(gelu(x), expected)
+    assert torch.equal(gelu(x)[3:5].signbit(), expected[3:5].signbit())
+    leaf = x.clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(torch.nn.functional.gelu(leaf).sum(), leaf)
+    torch.testing.assert_close(slope(x), by_autograd, equal_nan=True)
+
+
+def test_float64_by_the_library(backend: str) -> None:
+    x = torch.linspace(-40, 12, 10_000, dtype=torch.float64)
+    exact = 0.5 * x * torch.special.erfc(-x * 0.5**0.5)
+    torch.testing.assert_close(gelu(x), exact, rtol=1e-13, atol=0)
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that has 16-bit products, though here they are slow."""
+    monkeypatch.setattr(_products, "product_dtype", lambda dtype: dtype)
+
+
+@SUBJECTS
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_products_in_16_bits(subject: Subject, dtype: torch.dtype, backend: str, native_products: None) -> None:
+    case = subject.case(dtype, dim=33, grid=(3, 4))
+    assert_close_three_way(three_way(subject.name, *case, backend=backend, draws=DRAWS))
+
+
+@SUBJECTS
+def test_products_by_onednn(subject: Subject, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AMD's processors with AVX-512."""
+    monkeypatch.setattr(_products, "BY_ONEDNN", torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(_call, "ROWS", 20)
+    case = subject.case(dim=33, grid=(3, 4))
+    assert_close_three_way(three_way(subject.name, *case, backend=kernels, draws=DRAWS))
+    op_suite.no_clips(subject)
+
+
+def test_what_is_multiplied_in_what() -> None:
+    """A processor that lacks 16-bit products multiplies 16-bit numbers in float32; no other number is converted."""
+    assert _products.product_dtype(torch.float32) == torch.float32
+    assert _products.product_dtype(torch.float64) == torch.float64
+    for dtype, has in zip(HALVES, ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"), strict=True):
+        supported = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, has)()
+        assert _products.product_dtype(dtype) == (dtype if supported else torch.float32)
+
+
+# --- Chunks and threads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("tokens", [5, 197, 3000])
+@pytest.mark.parametrize("frames", [0, 2, 16, 34])
+def test_chunks_cover_all_frames_once(frames: int, tokens: int, step: int) -> None:
+    cut = list(_call.chunks(frames, tokens, step))
+    assert [frame for first, count in cut for frame in range(first, first + count)] == list(range(frames))
+    assert all(first % step == 0 for first, _ in cut)
+    largest = _call.largest(cut)
+    assert largest * tokens <= _call.ROWS or largest == step
+    assert frames <= step or largest <= (frames + 1) // 2
+
+
+@SUBJECTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_chunks(subject: Subject, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_call, "ROWS", 1)
+    case = subject.case(dtype, frames=6, dim=20)
+    assert_close_three_way(three_way(subject.name, *case, backend=backend, draws=DRAWS))
+
+
+@SUBJECTS
+def test_passes_give_the_same_bits_at_any_thread_count(
+    subject: Subject, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the products, which are torch's, in one thread."""
+
+    def in_one_thread(run: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            result = run(*args)
+            torch.set_num_threads(before)
+            return result
+
+        return wrapped
+
+    for module in (token_features, interpolation_head):
+        for name in ("product", "add_product", "add_product_over_rows"):
+            monkeypatch.setattr(module, name, in_one_thread(getattr(_products, name)), raising=False)
+    op_suite.same_bits_at_any_thread_count(subject)
+
+
+# --- What the chain of the whole module asks for ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+def test_features_from_what_was_kept(dtype: torch.dtype, backend: str) -> None:
+    inputs, _ = TOKEN.case(dtype, dim=40)
+    features, _, preactivation = token_features.token_features_forward(*inputs.values(), 1e-5, True)
+    again = token_features.token_features_activation(preactivation)
+    assert again.dtype == dtype
+    eps = 0 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps  # kept in 16 bits
+    torch.testing.assert_close(again, features, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("context", [(), ("cube",), ("frame",), ("cube", "frame")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+def test_the_first_linear_alone(
+    dtype: torch.dtype, context: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits that the forward keeps."""
+    monkeypatch.setattr(_call, "ROWS", 10)
+    inputs, _ = HEAD.case(dtype, dim=40, context=context)
+    values = list(inputs.values())
+    *_, kept = interpolation_head.interpolation_head_forward(*values, True)
+    assert_same_bits(interpolation_head.interpolation_head_preactivation(*values[:3], *values[4:6]), kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_go_from_op_to_op_as_columns(dtype: torch.dtype, kernels: str) -> None:
+    """The head's gradients of features and cube are columns of one matrix, and token_features reads them there."""
+    head = HEAD.case(dtype, dim=40).inputs
+    z, weights, *kept = interpolation_head.interpolation_head_forward(*head.values(), True)
+    upstream = torch.randn_like(z), torch.randn_like(weights)
+    grad_features, grad_cube, *_ = interpolation_head.interpolation_head_backward(
+        *upstream, *head.values(), *kept, [True] * 9, None
+    )
+    assert grad_features.untyped_storage().data_ptr() == grad_cube.untyped_storage().data_ptr()
+    token = TOKEN.case(dtype, dim=40).inputs
+    assert grad_features.shape[-1] == 2 * token["weight"].shape[0]
+    args = (*token.values(), 1e-5, *token_features.token_features_forward(*token.values(), 1e-5, True)[1:])
+    copied, read = (
+        token_features.token_features_backward(grad, *args, [True] * 6, None)
+        for grad in (grad_features.contiguous(), grad_features)
+    )
+    assert_same_bits(read, copied)
+
+
+@pytest.mark.parametrize("products", ["float32", "16-bit"])
+@pytest.mark.parametrize("network", HALVES, ids=str)
+@pytest.mark.parametrize("tokens", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tokens_of_another_dtype_than_the_linear(
+    tokens: torch.dtype, network: torch.dtype, products: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast: every result in the dtype of what it belongs to, and as near as rounding to it allows."""
+    if products == "16-bit":
+        monkeypatch.setattr(_products, "product_dtype", lambda dtype: dtype)
+    inputs = op_cases("token_features", dtype=torch.float64, dim=40, frames=4, grid=(3, 4), batch=2).inputs
+    dtypes = dict.fromkeys(("weight", "bias"), network) | dict.fromkeys(("x", "norm_weight", "norm_bias"), tokens)
+    inputs = {name: value.to(dtypes.get(name, torch.float32)) for name, value in inputs.items()}
+    features, *kept = token_features.token_features_forward(*inputs.values(), 1e-5, True)
+    upstream = torch.randn(features.shape).to(network)
+    grads = token_features.token_features_backward(upstream, *inputs.values(), 1e-5, *kept, [True] * 6, None)
+
+    exact = [value.double().requires_grad_() for value in inputs.values()]
+    expected = op_suite.functional.token_features(*exact, eps=1e-5)
+    wanted = torch.autograd.grad(expected, exact, upstream.double())
+    assert (features.dtype, kept[0].dtype, kept[1].dtype) == (network, torch.float32, network)
+    assert [grad.dtype for grad in grads] == [value.dtype for value in inputs.values()]
+    for ours, theirs in zip((features, *grads), (expected, *wanted), strict=True):
+        error = (ours.double() - theirs).square().mean().sqrt()
+        assert float(error) <= 1.5 * torch.finfo(network).eps * float(theirs.square().mean().sqrt())
+
+
+def test_an_infinite_hidden_layer_is_no_answer(backend: str) -> None:
+    """Loss scaling has to see that the network has overflowed."""
+    inputs, _ = HEAD.case(context=(), position=False)
+    inputs["bias1"][0] = math.inf
+    z, weights, *_ = interpolation_head.interpolation_head_forward(*inputs.values(), False)
+    assert bool(weights.isnan().all())
+    assert bool(z.isnan().all())
+
+
+def test_small_weights_keep_their_digits(backend: str) -> None:
+    inputs, _ = HEAD.case(context=(), position=False)
+    inputs |= {"bias2": torch.tensor([0.0, 60.0]), "weight2": torch.zeros_like(inputs["weight2"])}
+    _, weights, *_ = interpolation_head.interpolation_head_forward(*inputs.values(), False)
+    expected = torch.tensor([math.exp(-60), 1.0]).expand_as(weights)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
