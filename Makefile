@@ -148,7 +148,7 @@ triton-tests: install
 	$(call say,Triton: tests in the interpreter)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n auto \
 	    tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
-	    tests/test_interpolation_head.py tests/test_triton_interpreted.py $(PYTEST_ARGS)
+	    tests/test_interpolation_head.py tests/test_triton_interpreted.py tests/test_convergence.py $(PYTEST_ARGS)
 
 triton-compile: install
 	$(call say,Triton: compiling ahead of time)
@@ -185,7 +185,8 @@ cuda-check: emulator
 cuda-tests: emulator
 	@find build/emulator -name '*.gcda' -delete
 	$(call say,CUDA: tests in the emulator)
-	INTI_CUDA_LIBRARY="$(call emulated,build/emulator)" OMP_NUM_THREADS=1 $(CUDA_TESTS) -n auto $(PYTEST_ARGS)
+	INTI_CUDA_LIBRARY="$(call emulated,build/emulator)" OMP_NUM_THREADS=1 $(CUDA_TESTS) \
+	    tests/test_convergence.py -n auto $(PYTEST_ARGS)
 	$(call say,CUDA: coverage of csrc/cuda)
 	$(call covered,build/emulator,csrc/cuda/)
 

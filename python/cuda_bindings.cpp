@@ -362,11 +362,12 @@ py::list stop_recording() {
 
 void define_emulator(py::module_& m) {
   m.def("start_recording", &inti::emulator::start_recording, "From here on every launch is counted.");
-  m.def(
-      "stop_recording", &stop_recording,
-      "A dict a launch. traffic: (sectors, written) of each block, in the order of first touch between two barriers, as "
-      "bytes of uint64 and of bool; global_loads and _stores: accesses of 2, 4, 8 and 16 bytes; shared_loads and _stores: accesses of "
-      "warps, their wavefronts without bank conflicts, and as they are.");
+  m.def("stop_recording", &stop_recording,
+        "A dict a launch. traffic: (sectors, written) of each block, in the order of first touch between two barriers, "
+        "as "
+        "bytes of uint64 and of bool; global_loads and _stores: accesses of 2, 4, 8 and 16 bytes; shared_loads and "
+        "_stores: accesses of "
+        "warps, their wavefronts without bank conflicts, and as they are.");
   m.def("set_seed", &inti::emulator::set_seed, "seed"_a, "Shuffles the order of threads.");
   m.def("set_compute_capability", &inti::emulator::set_compute_capability, "capability"_a, "70 for 7.0.");
 }

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from inti_kernels import InTI, backends, fuse
 from inti_kernels.testing import assert_close_three_way, compare
 
-DIM, FRAMES, GRID, PIXELS, CLASSES = 32, 8, (2, 2), 8, 4
-# In the emulator and in Triton's interpreter a step takes long: fewer steps there, of fewer clips, learning faster.
-CLIPS, STEPS, RATE = {"cpu": (8, 100, 0.005), "cuda": (8, 20, 0.03), "triton": (8, 10, 0.05)}[UNDER_TEST]
+DIM, GRID, PIXELS, CLASSES = 32, (2, 2), 8, 4
+# A step takes long in the emulator, and seconds in Triton's interpreter: fewer and smaller ones there, learning faster.
+CLIPS, FRAMES, STEPS, RATE = {"cpu": (8, 8, 100, 0.005), "cuda": (8, 8, 20, 0.03), "triton": (2, 4, 3, 0.1)}[UNDER_TEST]
 # bfloat16's losses are compared over so many trainings, averaged over so many steps each time.
-SEEDS, WINDOW = (2, 10) if UNDER_TEST == "cpu" else (1, 2)
+SEEDS, WINDOW = {"cpu": (2, 10), "cuda": (1, 2), "triton": (1, 1)}[UNDER_TEST]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     others = torch.randint(1, CLASSES, (CLIPS, FRAMES), generator=generator)
     shown = (labels[:, None] + (1 - marked) * others) % CLASSES
     clips[..., :CLASSES] += F.one_hot(shown, CLASSES)[:, :, None]
-    clips[..., CLASSES] += (2 * marked[:, :, None] - 1)
+    clips[..., CLASSES] += 2 * marked[:, :, None] - 1
     return clips, labels
 
 
@@ -119,11 +119,12 @@ def train_inti(seed: int) -> tuple[CompressedViT, Tensor]:
     return plain, train(plain, seed)
 
 
+@pytest.mark.only_under_test("cpu")
 def test_the_model_learns_and_its_interpolation_matters() -> None:
     trained, losses = train_inti(0)
-    tenth = max(1, STEPS // 10)
+    tenth = STEPS // 10
     print("losses", [round(float(loss), 3) for loss in losses[::tenth]])
-    assert losses[-tenth:].mean() < 0.8 * losses[:tenth].mean()
+    assert losses[-tenth:].mean() < 0.5 * losses[:tenth].mean()
     clips, labels = batch(torch.Generator().manual_seed(0))
     for module in trained.compress:
         module.register_forward_hook(lambda _, inputs, out: (inputs[0][:, 0::2] + inputs[0][:, 1::2]) / 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import op_suite
@@ -22,6 +23,7 @@ TOKEN = Subject("token_features", ("x", "norm_weight", "norm_bias", "weight", "b
 HEAD = Subject(
     "interpolation_head",
     ("features", "cube", "frame_context", "x", "weight1", "bias1", "weight2", "bias2", "position"),
+    {"context": ("cube", "frame")},
     kept=2,
 )
 SUBJECTS = pytest.mark.parametrize("subject", [TOKEN, HEAD], ids=lambda subject: subject.name)
@@ -98,7 +100,7 @@ def test_gelu_of_what_is_no_ordinary_number(backend: str, dtype: torch.dtype) ->
     x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 1e-40], dtype=dtype)
     expected = torch.nn.functional.gelu(x)
     assert_same_bits(gelu(x), expected)
-    assert torch.equal(gelu(x)[3:5].signbit(), expected[3:5].signbit())
+    assert torch.equal(gelu(x)[3:5].signbit(), x[3:5].signbit())
     leaf = x.clone().requires_grad_()
     (by_autograd,) = torch.autograd.grad(torch.nn.functional.gelu(leaf).sum(), leaf)
     torch.testing.assert_close(slope(x), by_autograd, equal_nan=True)
@@ -172,7 +174,7 @@ def test_many_chunks(subject: Subject, dtype: torch.dtype, backend: str, monkeyp
 def test_passes_give_the_same_bits_at_any_thread_count(
     subject: Subject, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the products, which are torch's, in one thread."""
+    """With the products, which are torch's, in one thread, and without that of the frames' context."""
 
     def in_one_thread(run: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:
@@ -187,7 +189,7 @@ def test_passes_give_the_same_bits_at_any_thread_count(
     for module in (token_features, interpolation_head):
         for name in ("product", "add_product", "add_product_over_rows"):
             monkeypatch.setattr(module, name, in_one_thread(getattr(_products, name)), raising=False)
-    op_suite.same_bits_at_any_thread_count(subject)
+    op_suite.same_bits_at_any_thread_count(replace(subject, sizes=subject.sizes and {"context": ("cube",)}))
 
 
 # --- What the chain of the whole module asks for ----------------------------------------------------------------------
@@ -258,8 +260,12 @@ def test_tokens_of_another_dtype_than_the_linear(
     assert (features.dtype, kept[0].dtype, kept[1].dtype) == (network, torch.float32, network)
     assert [grad.dtype for grad in grads] == [value.dtype for value in inputs.values()]
     for ours, theirs in zip((features, *grads), (expected, *wanted), strict=True):
+        theirs = theirs.detach()
         error = (ours.double() - theirs).square().mean().sqrt()
-        assert float(error) <= 1.5 * torch.finfo(network).eps * float(theirs.square().mean().sqrt())
+        eps = max(
+            torch.finfo(network).eps, torch.finfo(ours.dtype).eps
+        )  # a gradient is rounded to its own tensor's dtype
+        assert float(error) <= 1.5 * eps * float(theirs.square().mean().sqrt())
 
 
 def test_an_infinite_hidden_layer_is_no_answer(backend: str) -> None:

@@ -110,6 +110,14 @@ def test_a_body_that_was_unrolled_counts_as_several_iterations(code: str) -> Non
     assert (operations(path)["FFMA"], repeats) == (6, 2)
 
 
+def test_lanes_that_have_parted_are_not_the_path(code: str) -> None:
+    """Before a shuffle they may jump to where each is waited for; what lies behind is reached all the same."""
+    line = "        /*0130*/                   STS.128 [R5], R8 ;\n"
+    parted = f"        /*0128*/                   BRA.DIV `(.L_x_6) ;\n{line}"
+    path, _ = Function(code.replace(line, parted)).iteration([{"STG.128": 1}], SEARCH)
+    assert operations(path)["STS.128"] == 1
+
+
 @pytest.mark.parametrize("planted", ["FFMA R18, R18, R18, R18 ;", "I2F R18, R18 ;", "LDG.E.128.SYS R24, [R2] ;"])
 def test_a_planted_instruction_is_seen(code: str, planted: str) -> None:
     before, _ = Function(code).iteration([{"BAR": 1}], SEARCH)

@@ -200,6 +200,16 @@ def test_the_modelled_cache():
     assert _traffic.through_l2([again], capacity=8) == 3 + 2
 
 
+def test_programs_that_run_at_the_same_time_take_turns():
+    turn = _traffic.TURN
+    long, short, late = (
+        _traffic.Program(order=[(start + i, False) for i in range(count)])
+        for start, count in ((0, turn + 1), (1000, 1), (2000, 1))
+    )
+    sectors = [sector for sector, _ in _traffic.Launched("k", [long, short, late], together=2).touches()]
+    assert sectors == [*range(turn), 1000, turn, 2000]
+
+
 def test_programs_are_moved_tensor_by_tensor():
     program = _traffic.Program({0: None, 100: None}, {200: None})
     moved = program.moved([(0, 99 * 32, 64), (100 * 32, 300 * 32, 32)])

@@ -61,15 +61,16 @@ def test_many_tiles_and_blocks_of_token_features(small_tiles: None, capability: 
     op_suite.compare_with_reference(subject, "triton", draws=4, **sizes)
 
 
-@pytest.mark.parametrize("context", [("cube", "frame"), ("frame",), ()], ids=str)
+@pytest.mark.parametrize("context", [("cube", "frame"), ()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_many_tiles_and_blocks_of_the_head(
     small_tiles: None, capability: int, dtype: torch.dtype, context: tuple[str, ...]
 ) -> None:
-    """Two tiles of five pairs of tokens, which the product's rows run on over; three blocks of the hidden layer."""
+    """Two tiles of five pairs of tokens in each of two frames, and a product whose tiles know no frames; two blocks
+    of the hidden layer."""
     subject = Subject("interpolation_head", ())
-    sizes = {"frames": 4, "grid": (2, 2), "dim": 10, "batch": 1, "hidden": 19, "dtype": dtype, "context": context}
-    op_suite.compare_with_reference(subject, "triton", draws=8, **sizes)
+    sizes = {"frames": 4, "grid": (2, 2), "dim": 10, "batch": 1, "hidden": 11, "dtype": dtype, "context": context}
+    op_suite.compare_with_reference(subject, "triton", draws=6, **sizes)
 
 
 def test_only_16_bits_from_ampere_on_are_multiplied_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,21 @@ struct TokenFeaturesGemm {
     // Every block measures its own rows, which it then finds in a cache: a pass of its own would read x twice.
     __device__ __forceinline__ void measure(const TokenFeaturesGemm& p, const int (&row)[COUNT]) {
       constexpr int kStep = 4 * N, kLoads = V > 1 ? 8 : 2;  // of each row, under way
+      // Of what remains beside the mean of the row's beginning: one taken step by step would round at its full size.
       Moments<W> moments[COUNT];
+      W shift[COUNT];
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        const auto run = widen(load_packed<V>(x[i], p.in.dim - channel).unpacked());
+        Vec<W, N> moved{};
+        if (p.in.position) moved = load_some<kWideStep<W, V>, N>(p.in.position + position[i], p.in.dim - channel);
+        W sum = 0;
+#pragma unroll
+        for (int k = 0; k < N; ++k) sum += run[k] + moved[k];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        shift[i] = sum / (p.in.dim < kStep ? p.in.dim : kStep);
+      }
 #pragma unroll 1
       for (int first = 0, left = p.in.dim - channel; left > 0; first += kStep * kLoads, left -= kStep * kLoads) {
         Packed<T> early[kLoads][COUNT];
@@ -81,6 +95,8 @@ struct TokenFeaturesGemm {
 #pragma unroll
               for (int k = 0; k < N; ++k) run[k] += moved[k];
             }
+#pragma unroll
+            for (int k = 0; k < N; ++k) run[k] -= shift[i];
             if (V > 1 || there >= N) {
               moments[i].add(run);
             } else {
@@ -94,7 +110,7 @@ struct TokenFeaturesGemm {
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
         moments[i].template over_lanes<4>();
-        mean[i] = moments[i].mean;
+        mean[i] = shift[i] + moments[i].mean;
         scale[i] = inverse_root(moments[i].variance() + p.eps);
         if (channel == 0 && blockIdx.x % p.column_tiles == 0)
           store(p.statistics + 2 * static_cast<int64_t>(row[i]), Vec<W, 2>{{mean[i], scale[i]}});

@@ -181,6 +181,7 @@ def _time_model(
     print(f"The matrix products of this run take {seconds / 60:.1f} minutes, the whole more.", file=sys.stderr)
     with Progress(_towers.ticks(task)) as progress:
         found = _towers.contest(task, macs, kept_heap=args.heap == "kept", tick=progress.step)
+    facts = facts | vars(_towers.compressed_sizes(TOWER)[0])
     rows = [{**facts, **row} for row in found]
     _towers.show(rows, f"{TOWER}, {_title(facts)}")
     return rows, plot

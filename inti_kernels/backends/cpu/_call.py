@@ -40,8 +40,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def chunks(frames: int, tokens: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cuts frames into (first, count) of about ROWS tokens and at most half of all, so that what one chunk needs is half
-    of what all would.
+    """Cuts frames into (first, count) of about ROWS tokens and at most half of all, so that what one chunk needs is
+    half of what all would.
 
     Args:
         frames: how many there are, over all clips; a multiple of ``step``.

@@ -1,9 +1,9 @@
-"""interpolation_head on the CPU kernels: PyTorch's products of the first Linear, and one pass over the token pairs behind
-them. See csrc/include/inti/interpolation_head.h.
+"""interpolation_head on the CPU kernels: PyTorch's products of the first Linear, and one pass over the token pairs
+behind them. See csrc/include/inti/interpolation_head.h.
 
 Features and cube are multiplied one after the other, into the same sums: their concatenation is never written. What the
-frames' context adds to the first Linear is computed once a frame, not once a token. Products and pass take a part of the
-frames at a time, so that without a backward the hidden layer never stands in memory whole.
+frames' context adds to the first Linear is computed once a frame, not once a token. Products and pass take a part of
+the frames at a time, so that without a backward the hidden layer never stands in memory whole.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ class _FirstLinear:
 
     Attributes:
         dtype: of its products.
-        frame_bias: [h] or [B·T/2, h], not rounded to 16 bits: its bias, and what the frames' context adds, the only term
-            that all of a frame's tokens share.
+        frame_bias: [h] or [B·T/2, h], not rounded to 16 bits: its bias, and what the frames' context adds, the only
+            term that all of a frame's tokens share.
     """
 
     def __init__(
@@ -228,8 +228,8 @@ class _FirstLinear:
             self.frame_bias = torch.addmm(self.frame_bias, frame_context.flatten(0, 1).to(wide), of_context)
 
     def products(self, preactivation: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
-        """(first frame, count, the products [count·N, h] less the frame's bias): inside ``preactivation`` [B, T/2, N, h]
-        where there is one of the products' dtype, else in memory that the next chunk has too."""
+        """(first frame, count, the products [count·N, h] less the frame's bias): inside ``preactivation`` [B, T/2, N,
+        h] where there is one of the products' dtype, else in memory that the next chunk has too."""
         cut = list(chunks(self.frames, self.tokens, 1))
         hidden = self.of_features.shape[1]
         inside = preactivation is not None and preactivation.dtype == self.dtype

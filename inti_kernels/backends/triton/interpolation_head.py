@@ -530,7 +530,7 @@ def interpolation_head_backward(
     grad_frame_bias = None
     if of_frames:
         grad_frame_bias = empty((in_all, hidden), frame_partials)
-        sum_partials(frame_partials, grad_frame_bias, (hidden, 1))
+        sum_partials(frame_partials.flatten(1)[:, None], grad_frame_bias, (in_all * hidden, 1))
     grad_features, grad_cube, grad_frame_context = _gradients_of_inputs(
         grad_hidden, grad_frame_bias, features, cube, weight1, needs
     )
