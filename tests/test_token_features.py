@@ -47,7 +47,7 @@ def test_recipe(check: Callable[[Subject], None], kernels: str) -> None:
     seed=st.integers(0, 9),
 )
 def test_kernels_match_reference(backend: str, **sizes: object) -> None:
-    op_suite.compare_with_reference(SUBJECT, backend, draws=4 if INTERPRETED else None, **sizes)
+    op_suite.compare_with_reference(SUBJECT, backend, draws=2 if INTERPRETED else None, **sizes)
 
 
 @compiled_only
@@ -140,7 +140,9 @@ def test_eps_any_width_and_a_position_of_another_dtype(kernels: str) -> None:
     assert actual.shape == (2, 2, 7, 14)
     torch.testing.assert_close(actual, reference.token_features(**inputs, eps=0.5))
     assert not torch.allclose(actual, ops.token_features(**inputs, backend=kernels))
-    assert_close_three_way(three_way("token_features", inputs, {"eps": 0.5}, backend=kernels))
+    assert_close_three_way(
+        three_way("token_features", inputs, {"eps": 0.5}, backend=kernels, draws=4 if INTERPRETED else None)
+    )
 
 
 @plain_only
