@@ -58,6 +58,7 @@ KERNEL_CHECKS = (
 )
 RECIPE_CHECKS = (
     op_suite.only_what_is_needed,
+    op_suite.opcheck,
     op_suite.compile_fullgraph,
     op_suite.inference_mode,
     op_suite.checkpointed,
@@ -82,13 +83,6 @@ def one_thread(threads: None) -> None:
 )
 def test_recipe(check: Callable[[Subject], None]) -> None:
     check(SUBJECT)
-
-
-@pytest.mark.only_under_test("cpu")
-def test_opcheck() -> None:
-    """Without the levels of the class tokens, whose backward is torch.func.vjp: the check of the schema looks for the
-    memory of its tensors, and they have none. Traced code goes through them in the other tests."""
-    op_suite.opcheck(replace(SUBJECT, sizes={"context": ("cube",)}))
 
 
 @pytest.mark.only_under_test("cpu")

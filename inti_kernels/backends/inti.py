@@ -6,7 +6,7 @@ The frame and the global level work on B·T class tokens: plain PyTorch, run aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reference import functional
 from . import implementation, settle
 from ._arguments import channels_contiguous, in_wide_dtype, wide_dtype
+from ._class_levels import ClassLevels
 
 
 class Inputs(NamedTuple):
@@ -104,11 +105,13 @@ def inti_forward(
     """z [B, T/2, N, C] in x's dtype, the weights [B, T/2, N, 2] in ``sizes.dtype``, and what is kept (nothing without
     ``keep``; with ``recompute`` only what is small beside x)."""
     run = _Chain(inputs, sizes, backend)
+    # What is kept is no concern; else the cube level waits until the token level has freed what it worked in.
+    cube = run.cube() if keep else None
     features, statistics, token_preactivation = run.token_features(keep)
     if recompute:
         token_preactivation = None  # to be freed before the rest allocates
-    cube = run.cube()
-    context = _Context(inputs, sizes.prefix, sizes.eps)(*run.class_level_tensors())
+    cube = cube if keep else run.cube()
+    context = run.class_levels().forward(run.class_tokens())
     z, weights, difference, head_preactivation = run.head(features, cube, context, keep)
     large = (True, not recompute, not recompute and cube is not None, True, not recompute)
     kept = (statistics, token_preactivation, cube, difference, head_preactivation)
@@ -131,12 +134,11 @@ def inti_backward(
     if not any(needs):
         return (None,) * len(inputs)
     run, need = _Chain(inputs, sizes, backend, direction="backward"), Inputs(*needs)
-    levels = [i for i in (*range(*FRAME.indices(99)), *range(*GLOBAL.indices(99))) if needs[i]]
+    given = [i for i in range(FRAME.start, GLOBAL.stop) if inputs[i] is not None]
     # Whoever sees x + σ·P has a part in both their gradients.
     tokens = need.x or need.position
-    context, pull_back = _Context(inputs, sizes.prefix, sizes.eps).differentiate(
-        run.class_level_tensors(), ([0] if tokens else []) + levels
-    )
+    class_levels = run.class_levels()
+    context = class_levels.forward(run.class_tokens())
     kept, features = run.kept_and_features(kept, context)
     needs_of_token = (need.norm_weight, need.norm_bias, need.weight, need.bias)
     grads: dict[str, Tensor | None] = {}
@@ -150,7 +152,7 @@ def inti_backward(
             (
                 tokens or any(needs_of_token),
                 inputs.cube_weight is not None and (tokens or need.cube_weight or need.cube_bias),
-                context is not None and bool(tokens or levels),
+                context is not None and bool(tokens or any(needs[FRAME.start : GLOBAL.stop])),
                 need.x,
                 *needs[21:25],
                 need.position,
@@ -179,13 +181,11 @@ def inti_backward(
     if need.x and shared is not buffer:
         buffer += shared
     if grad_context is not None:
-        of_levels = list(pull_back(grad_context))
-        if tokens:
-            of_class = of_levels.pop(0)  # [B, T, C]
-            if need.x:
-                _add_to_class_tokens(buffer, of_class, sizes.prefix)
-            positions.append(of_class.sum(0) if need.position else None)
-        grads.update((Inputs._fields[i], grad) for i, grad in zip(levels, of_levels, strict=True))
+        of_class, of_levels = class_levels.backward(grad_context.to(context.dtype))
+        grads.update(zip((Inputs._fields[i] for i in given), of_levels, strict=True))
+        if need.x:
+            _add_to_class_tokens(buffer, of_class, sizes.prefix)
+        positions.append(of_class.sum(0) if need.position else None)
     if need.x and grad_x_accumulate is None:
         grads["x"] = buffer
     if need.position:
@@ -221,13 +221,20 @@ class _Chain:
     def _module(self, op: str, x: Tensor, direction: str) -> ModuleType:
         return implementation(op, self.backend, x, direction=direction)
 
-    def class_level_tensors(self) -> list[Tensor | None]:
-        """What the class tokens' levels are computed from, the class tokens first. On the CPU 16-bit products of a few
-        rows are slow, and float32 costs nothing."""
-        cls = _class_tokens(self.inputs, self.sizes.prefix)
-        cls = cls.to(self.dtype if cls.is_cuda else wide_dtype(cls))
-        parameters = (*self.inputs[FRAME], *self.inputs[GLOBAL])
-        return [cls, *(None if tensor is None else tensor.to(cls.dtype) for tensor in parameters)]
+    def class_levels(self) -> ClassLevels:
+        """On the CPU in the wide dtype: 16-bit products of a few rows are slow there, and float32 costs nothing."""
+        dtype = self.dtype if self.inputs.x.is_cuda else wide_dtype(self.inputs.x)
+        frame, convolutions = (
+            None if level[0] is None else [parameter.to(dtype) for parameter in level]
+            for level in (self.inputs[FRAME], self.inputs[GLOBAL])
+        )
+        return ClassLevels(frame, convolutions, self.sizes.eps[1:])
+
+    def class_tokens(self) -> Tensor:
+        """Of x + σ·P, in the dtype of their levels, [B, T, C]."""
+        x, prefix = self.inputs.x, self.sizes.prefix
+        cls = functional.add_position(x[:, :, :1] if prefix else x.mean(dim=2, keepdim=True), self.inputs.position)
+        return cls[:, :, 0].to(self.dtype if x.is_cuda else wide_dtype(x))
 
     def token_features(self, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         module = self._module("token_features", self.tokens, "forward")
@@ -321,48 +328,6 @@ class _Chain:
         inputs = (self.tokens, *self.norm, *self.linear, self.position, self.sizes.eps[0])
         of_forward = (kept.statistics, kept.token_preactivation)
         return module.token_features_backward(grad_features, *inputs, *of_forward, needs, accumulate)
-
-
-class _Context:
-    """F_frame + F_global as a function of the class tokens and the levels' parameters."""
-
-    def __init__(self, inputs: Inputs, prefix: int, eps: Sequence[float]) -> None:
-        self.has_frame, self.has_global = inputs.pair_weight is not None, inputs.global_weight1 is not None
-        self.eps = eps[1:]
-
-    def __call__(self, cls: Tensor, *parameters: Tensor | None) -> Tensor | None:
-        frame, convolutions = parameters[:8], parameters[8:]
-        return functional.frame_context(
-            cls, frame if self.has_frame else None, convolutions if self.has_global else None, self.eps
-        )
-
-    def differentiate(
-        self, tensors: Sequence[Tensor | None], wanted: Sequence[int]
-    ) -> tuple[Tensor | None, Callable[[Tensor], tuple[Tensor, ...]]]:
-        """The context, and what takes its gradient to those of the wanted tensors: 0 for the class tokens, for the
-        parameters their place among the op's inputs."""
-        if not (self.has_frame or self.has_global):
-            return None, lambda grad: ()
-        places = [0 if i == 0 else i - FRAME.start + 1 for i in wanted]
-
-        def of_wanted(*values: Tensor) -> Tensor:
-            arguments = list(tensors)
-            for place, value in zip(places, values, strict=True):
-                arguments[place] = value
-            return self(*arguments)
-
-        if not places:
-            return self(*tensors), lambda grad: ()
-        context, vjp = torch.func.vjp(of_wanted, *(tensors[place] for place in places))
-        return context, lambda grad: vjp(grad.to(context.dtype))
-
-
-def _class_tokens(inputs: Inputs, prefix: int) -> Tensor:
-    """Of x + σ·P, [B, T, C]."""
-    if prefix:
-        return functional.add_position(inputs.x[:, :, :1], inputs.position)[:, :, 0]
-    mean = inputs.x.mean(dim=2, keepdim=True)
-    return functional.add_position(mean, inputs.position)[:, :, 0]
 
 
 def _add_to_class_tokens(grad_x: Tensor, of_class: Tensor, prefix: int) -> None:

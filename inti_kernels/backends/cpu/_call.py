@@ -39,16 +39,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def chunks(frames: int, tokens: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cuts frames into (first, count) of about ROWS tokens and at most half of all, so that what one chunk needs is
-    half of what all would.
+def chunks(frames: int, tokens: int, step: int, *, halve: bool = False) -> Iterator[tuple[int, int]]:
+    """Cuts frames into (first, count) of about ROWS tokens.
 
     Args:
         frames: how many there are, over all clips; a multiple of ``step``.
         tokens: of a frame.
         step: what a chunk is a multiple of: 2 where pairs of frames must stay together.
+        halve: at most half of all, where memory counts: a chunk then needs half of what all would.
     """
-    size = min(ROWS // tokens, (frames + 1) // 2) // step * step
+    size = min(ROWS // tokens, (frames + 1) // 2 if halve else frames) // step * step
     for first in range(0, max(frames, 1), max(size, step)):
         yield first, min(max(size, step), frames - first)
 

@@ -230,7 +230,7 @@ class _FirstLinear:
     def products(self, preactivation: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
         """(first frame, count, the products [count·N, h] less the frame's bias): inside ``preactivation`` [B, T/2, N,
         h] where there is one of the products' dtype, else in memory that the next chunk has too."""
-        cut = list(chunks(self.frames, self.tokens, 1))
+        cut = list(chunks(self.frames, self.tokens, 1, halve=preactivation is None))
         hidden = self.of_features.shape[1]
         inside = preactivation is not None and preactivation.dtype == self.dtype
         fresh = None if inside else empty((largest(cut) * self.tokens, hidden), self.features, self.dtype)

@@ -46,7 +46,7 @@ def token_features_forward(
     features = empty((batch, frames // 2, tokens, 2 * width), weight)
     statistics = empty((batch, frames, tokens, 2), x, wide_dtype(x))
     preactivation = empty((batch, frames, tokens, width), weight) if keep else None
-    cut = list(chunks(batch * frames, tokens, 2))
+    cut = list(chunks(batch * frames, tokens, 2, halve=not keep))
     rows = largest(cut) * tokens
     normalized = empty((rows, dim), weight, dtype)
     # What is kept is written where the product was, if both are of one dtype.

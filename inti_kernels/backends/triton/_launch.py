@@ -80,7 +80,7 @@ _TABLE: dict[str, tuple[tuple[int, int, Settings], ...]] = {
     "pair_interpolate_backward": tuple((c, d, replace(at, registers=168)) for c, d, at in _PASS),
     "token_features_normalize": tuple((c, d, replace(at, registers=128)) for c, d, at in _PASS),
     # Its prologue needs registers beside the sums.
-    "token_features_dot": tuple((c, d, replace(at, warps=2 * at.warps, registers=168)) for c, d, at in _DOT),
+    "token_features_dot": tuple((c, d, replace(at, warps=2 * at.warps, registers=255)) for c, d, at in _DOT),
     "token_features_activation": _PASS_OF_HALF,
     "token_features_backward_activation": _PASS_OF_HALF,
     "token_features_backward_norm": tuple((c, d, replace(at, registers=168)) for c, d, at in _PASS),

@@ -1,0 +1,119 @@
+"""The frame and the global level (Eq. 11 and 12) with their derivatives, for the op `inti`.
+
+They work on B·T class tokens, in plain PyTorch; written out, because autograd is off inside an op and torch.func.vjp
+takes longer than all the rest of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class ClassLevels:
+    """F_frame + F_global of class tokens [B, T, C]: the context [B, T/2, C] and, once it is computed, its gradients.
+
+    Args:
+        frame: the eight parameters of :func:`inti_kernels.reference.functional.frame_level`, or None without the level.
+        convolutions: the six of :func:`inti_kernels.reference.functional.global_level`, or None without it.
+        eps: of the frame level's two LayerNorms.
+    """
+
+    def __init__(
+        self, frame: Sequence[Tensor] | None, convolutions: Sequence[Tensor] | None, eps: Sequence[float]
+    ) -> None:
+        self.frames, self.pairs = (None, None) if frame is None else (_Layer(*frame[:4]), _Layer(*frame[4:]))
+        steps = () if convolutions is None else (0, 2, 4)
+        self.convolutions = [_Convolution(*convolutions[i : i + 2]) for i in steps]
+        self.eps = eps
+
+    def forward(self, cls: Tensor) -> Tensor | None:
+        """The context, or None with neither level."""
+        context = None
+        if self.frames is not None:
+            halves = self.frames.forward(cls, self.eps[0])
+            context = self.pairs.forward(halves.reshape(len(cls), -1, 2 * halves.shape[2]), self.eps[1])
+        if not self.convolutions:
+            return context
+        first, second, third = self.convolutions
+        self.pooled = []
+        clip = self._pool(first.forward(cls.transpose(1, 2)))
+        clip = third.forward(self._pool(second.forward(clip)))
+        self.steps, self.mean = clip.shape[2], clip.mean(2)  # [B, C]
+        of_clip = F.gelu(self.mean)[:, None]
+        return of_clip.expand(-1, cls.shape[1] // 2, -1) if context is None else context + of_clip
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of the context's gradient: that of the class tokens, and those of the parameters in order."""
+        grad_cls, grads = None, []
+        if self.frames is not None:
+            of_pairs, grads_of_pairs = self.pairs.backward(grad)
+            of_frames = of_pairs.reshape(*self.frames.x.shape[:2], -1)
+            grad_cls, grads = self.frames.backward(of_frames)
+            grads += grads_of_pairs
+        if not self.convolutions:
+            return grad_cls, grads
+        first, second, third = self.convolutions
+        of_clip = aten.gelu_backward(grad.sum(1), self.mean)[:, :, None] / self.steps
+        of_clip, of_third = third.backward(of_clip.expand(-1, -1, self.steps))
+        of_clip, of_second = second.backward(self._pool_backward(of_clip))
+        of_clip, of_first = first.backward(self._pool_backward(of_clip))
+        of_clip = of_clip.transpose(1, 2)
+        return of_clip if grad_cls is None else grad_cls + of_clip, [*grads, *of_first, *of_second, *of_third]
+
+    def _pool(self, clip: Tensor) -> Tensor:
+        pooled, indices = F.max_pool1d(clip, 2, ceil_mode=True, return_indices=True)
+        self.pooled.append((clip.shape, pooled, indices))
+        return F.gelu(pooled)
+
+    def _pool_backward(self, grad: Tensor) -> Tensor:
+        shape, pooled, indices = self.pooled.pop()
+        return grad.new_zeros(shape).scatter_(2, indices, aten.gelu_backward(grad, pooled))
+
+
+class _Layer:
+    """T_{a→b} of tokens [B, n, a]: LayerNorm → Linear → GELU."""
+
+    def __init__(self, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> None:
+        self.norm, self.weight, self.bias = (norm_weight, norm_bias), weight, bias
+
+    def forward(self, x: Tensor, eps: float) -> Tensor:
+        self.x = x
+        self.normalized, *self.statistics = torch.native_layer_norm(x, x.shape[2:], *self.norm, eps)
+        self.preactivation = F.linear(self.normalized, self.weight, self.bias)
+        return F.gelu(self.preactivation)
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        grad = aten.gelu_backward(grad, self.preactivation).flatten(0, 1)
+        grad_weight, grad_bias = grad.t() @ self.normalized.flatten(0, 1), grad.sum(0)
+        of_normalized = (grad @ self.weight).view_as(self.x)
+        of_norm = aten.native_layer_norm_backward(
+            of_normalized, self.x, self.x.shape[2:], *self.statistics, *self.norm, [True] * 3
+        )
+        return of_norm[0], [*of_norm[1:], grad_weight, grad_bias]
+
+
+class _Convolution:
+    """Depthwise in time, of a clip [B, C, T]: kernel 3, padding 1. As sums of products: these are few numbers, and
+    PyTorch's depthwise convolutions take their time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight[:, 0, None], bias  # [C, 1, 3]
+
+    def forward(self, clip: Tensor) -> Tensor:
+        self.windows = _windows(clip)
+        return (self.windows * self.weight).sum(3) + self.bias[:, None]
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        grad_weight = (self.windows * grad[..., None]).sum((0, 2))[:, None]
+        return (_windows(grad) * self.weight.flip(2)).sum(3), [grad_weight, grad.sum((0, 2))]
+
+
+def _windows(clip: Tensor) -> Tensor:
+    """[B, C, T] → [B, C, T, 3]: each frame with its neighbours, zeros beyond the ends."""
+    return F.pad(clip, (1, 1)).unfold(2, 3, 1)
