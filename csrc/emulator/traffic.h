@@ -11,8 +11,8 @@
 
 namespace inti::emulator {
 
-// The 32-byte sectors of global memory that a block touched, in the order of first touch; distinct between two barriers.
-// One that was both read and written there is there twice.
+// The 32-byte sectors of global memory that a block touched, in the order of first touch; distinct between two
+// barriers. One that was both read and written there is there twice.
 struct BlockTraffic {
   std::vector<uint64_t> sectors;  // address / 32
   std::vector<bool> written;      // beside each: written or read
