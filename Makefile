@@ -32,12 +32,13 @@ CONFIGURE = $(CMAKE) -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) 
 
 CXX_SOURCES = $(shell find csrc python benchmarks -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc')
 NATIVE_INPUTS = $(CXX_SOURCES) $(shell find csrc python -type d) csrc/build_info.h.in csrc/cuda.cmake
-OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= \
-    tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_native.py
+OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= -n auto \
+    tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
+    tests/test_interpolation_head.py tests/test_cpu.py tests/test_native.py
 # With INTI_CUDA_LIBRARY, all these are tests of the emulated CUDA backend.
 CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py tests/test_cuda_launches.py) \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
-    tests/test_interpolation_head.py
+    tests/test_interpolation_head.py tests/test_inti.py
 # The emulated module of a build folder, and the lines that a build folder's tests executed.
 emulated = $$(echo $(CURDIR)/$(1)/_cuda*.so)
 covered = $(BIN)/gcovr --gcov-executable $(GCOV) --root . --object-directory $(1) --filter $(2) --merge-lines \

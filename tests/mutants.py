@@ -253,7 +253,7 @@ MUTANTS = {
         ("another frame's bias", "frame_bias + static_cast<int64_t>(row / tokens) * columns", "frame_bias + static_cast<int64_t>(0) * columns"),
         ("the second bias is forgotten", "read<W>(bias2, dtype, 0) - read<W>(bias2, dtype, 1)", "read<W>(bias2, dtype, 0)"),
         ("the last partial difference is dropped", "for (int i = 0; i < count; ++i) sum += load(partials", "for (int i = 0; i < count - 1; ++i) sum += load(partials"),
-        ("small weights lose their digits", "second(1 / (1 + exponential(logits)))", "second(1 - 1 / (1 + exponential(-logits)))"),
+        ("small weights lose their digits", "second(1 / (1 + exponential(logits)) +", "second(1 - 1 / (1 + exponential(-logits)) +"),
     )
     + _mutants(
         "csrc/cuda/partial_sums.h",

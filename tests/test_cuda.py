@@ -194,14 +194,11 @@ def test_auto_prefers_cuda_on_volta_and_turing_and_triton_on_later_gpus(gpu, bot
         assert backends.settle(op, "auto", ON_GPU) == first
 
 
-def test_from_ampere_on_auto_leaves_products_to_cublas_rather_than_to_the_cuda_kernels(gpu, both_can, monkeypatch):
+def test_without_triton_auto_takes_the_cuda_kernels_on_newer_gpus_too(gpu, both_can, monkeypatch):
     gpu((8, 0))
     monkeypatch.setattr(triton, "why_not", lambda device, dtype: ["Triton is not installed."])
-    monkeypatch.setattr(backends, "_noted", set())
-    for op in ("token_features", "interpolation_head", "inti"):
-        with pytest.warns(UserWarning, match=f"{op} runs as plain PyTorch.*made for the tensor cores of V100 and T4"):
-            assert backends.settle(op, "auto", ON_GPU) == "reference"
-    assert backends.settle("pair_interpolate", "auto", ON_GPU) == "cuda"
+    for op in (*ops.OPS, "inti"):
+        assert backends.settle(op, "auto", ON_GPU) == "cuda"
 
 
 def test_where_nothing_can_run_auto_takes_plain_pytorch_once_said(gpu, monkeypatch):

@@ -227,6 +227,9 @@ def test_extra_repr_lists_what_is_plain_pytorch():
     assert fused.plain_parts() == ["frame level", "global level"]
     fused.cube.register_forward_hook(lambda *_: None)
     assert fused.plain_parts() == ["temporal position", "cube level", "frame level", "global level"]
+    with use_backend("reference"):
+        plain = ["temporal position", "token level", "cube level", "frame level", "global level", "head"]
+        assert FusedInTI(6, 4, (2, 3)).plain_parts() == plain
     assert "plain PyTorch: nothing" in repr(FusedInTI(6, 4, (2, 3), context=()))
 
 

@@ -235,3 +235,12 @@ def test_bad_input() -> None:
         fails(TypeError, said, **{name: inputs[name].bfloat16()})
     with pytest.raises(RuntimeError, match="this is float8_e5m2.*reference: can run here"):
         ops.interpolation_head(**{**inputs, "x": x.to(torch.float8_e5m2)}, backend="cpu")
+
+
+def test_an_infinite_hidden_layer_is_no_answer(kernels: str) -> None:
+    """Loss scaling has to see that the network has overflowed."""
+    inputs, _ = SUBJECT.case(context=(), position=False)
+    inputs["bias1"][0] = float("inf")
+    z, weights = ops.interpolation_head(**inputs, backend=kernels)
+    assert bool(weights.isnan().all())
+    assert bool(z.isnan().all())

@@ -139,9 +139,12 @@ __global__ void __launch_bounds__(FmaTile<T>::kThreads, FmaTile<T>::kBlocks)
 template <class W>
 struct HeadWeights {
   W first, second, difference;
-  // Both by their own quotient: 1 - α would lose a small β's digits.
+  // Both by their own quotient: 1 - α would lose a small β's digits. An infinite difference gives NaN, as PyTorch's
+  // softmax does: loss scaling has to see that the network has overflowed.
   __device__ __forceinline__ explicit HeadWeights(W logits)
-      : first(1 / (1 + exponential(-logits))), second(1 / (1 + exponential(logits))), difference(logits) {}
+      : first(1 / (1 + exponential(-logits)) + 0 * logits),
+        second(1 / (1 + exponential(logits)) + 0 * logits),
+        difference(logits) {}
 };
 
 // Weights from the partial differences that the product's blocks have left.

@@ -30,8 +30,6 @@ HAS_KERNEL: dict[str, tuple[str, ...]] = {
 HAS_KERNEL["inti"] = HAS_KERNEL["token_features"]
 # What the CUDA kernels are tuned for; from 8.0 on Triton's compiler knows more of the GPU than they do.
 TRITON_FIRST = (8, 0)
-# Ops whose kernels compute matrix products.
-HAS_PRODUCTS = ("token_features", "interpolation_head", "inti")
 
 # (op or op_backward, backend) -> how often that implementation ran. This says what really executed, `auto` or not.
 executed: Counter[tuple[str, str]] = Counter()
@@ -151,28 +149,23 @@ def settle(op: str, backend: str, x: torch.Tensor) -> str:
     return _first_that_can(op, _in_order(op, x.device), x) if backend == "auto" else _explicit(op, backend, x)
 
 
-def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str = "forward") -> ModuleType:
+def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str | None = "forward") -> ModuleType:
     """The module that runs an op on tokens like x; counted in ``executed``.
 
     Args:
         op: one of HAS_KERNEL's keys.
         backend: as :func:`resolve` gives it.
         x: the tokens; their device and dtype decide.
-        direction: "forward" or "backward".
+        direction: "forward" or "backward"; None counts nothing, for what is a part of either.
 
     Raises:
         RuntimeError: the backend was chosen explicitly and can't run; the message lists the reasons, and those of the
             other backends.
     """
-    chosen = count(op if direction == "forward" else f"{op}_backward", op, backend, x)
-    return import_module(f"{__name__}.{_MODULES[chosen].format(op=op)}")
-
-
-def count(counted: str, op: str, backend: str, x: torch.Tensor) -> str:
-    """Counts that an op (under ``counted``, it or its backward) runs on what :func:`settle` gives; returns that."""
     chosen = settle(op, backend, x)
-    _count(counted, chosen)
-    return chosen
+    if direction is not None:
+        count(op if direction == "forward" else f"{op}_backward", chosen)
+    return import_module(f"{__name__}.{_MODULES[chosen].format(op=op)}")
 
 
 def _in_order(op: str, device: torch.device) -> tuple[str, ...]:
@@ -198,11 +191,6 @@ def _first_that_can(op: str, candidates: tuple[str, ...], x: torch.Tensor) -> st
             reasons[name] = ["Triton's interpreter is for tests, and runs where it is asked for only."]
         if name == "cuda" and x.device.type == "cpu" and not reasons[name]:
             reasons[name] = ["the emulator of CUDA is for tests, and runs where it is asked for only."]
-        if name == "cuda" and op in HAS_PRODUCTS and not reasons[name] and _is_newer_than_turing(x.device):
-            reasons[name] = [
-                "its matrix products are made for the tensor cores of V100 and T4, and cuBLAS, through PyTorch, has "
-                "those of newer GPUs; backend='cuda' takes them all the same."
-            ]
         if not reasons[name]:
             _usable[key] = name
             return name
@@ -223,7 +211,8 @@ def _explicit(op: str, backend: str, x: torch.Tensor) -> str:
     return backend
 
 
-def _count(op: str, backend: str) -> None:
+def count(op: str, backend: str) -> None:
+    """Counts in ``executed`` that an op, or its backward, ran on a backend."""
     with _counting:
         executed[op, backend] += 1
 
@@ -244,4 +233,4 @@ def _known(name: str, source: str) -> str:
 def count_reference(op: str) -> None:
     """Counts the reference where it runs outside :func:`implementation`. Traced code may not count."""
     if not torch.compiler.is_compiling():
-        _count(op, "reference")
+        count(op, "reference")

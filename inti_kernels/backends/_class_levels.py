@@ -37,7 +37,8 @@ class ClassLevels:
         context = None
         if self.frames is not None:
             halves = self.frames.forward(cls, self.eps[0])
-            context = self.pairs.forward(halves.reshape(len(cls), -1, 2 * halves.shape[2]), self.eps[1])
+            pairs = halves.reshape(len(cls), cls.shape[1] // 2, 2 * halves.shape[2])
+            context = self.pairs.forward(pairs, self.eps[1])
         if not self.convolutions:
             return context
         first, second, third = self.convolutions
@@ -53,7 +54,7 @@ class ClassLevels:
         grad_cls, grads = None, []
         if self.frames is not None:
             of_pairs, grads_of_pairs = self.pairs.backward(grad)
-            of_frames = of_pairs.reshape(*self.frames.x.shape[:2], -1)
+            of_frames = of_pairs.reshape(*self.frames.x.shape[:2], of_pairs.shape[2] // 2)
             grad_cls, grads = self.frames.backward(of_frames)
             grads += grads_of_pairs
         if not self.convolutions:

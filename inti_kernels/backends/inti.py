@@ -1,5 +1,5 @@
-"""The whole module as a chain of the other ops' kernels, on every backend: one buffer for the gradient of x, no tensor
-kept that one pass over another gives back.
+"""The whole module as a chain of the other ops' kernels, on every backend: one buffer for the gradient of x, and kept
+for the backward only what takes a product or a convolution to compute again.
 
 The frame and the global level work on B·T class tokens: plain PyTorch, run again in the backward.
 """
@@ -107,16 +107,15 @@ def inti_forward(
     run = _Chain(inputs, sizes, backend)
     # What is kept is no concern; else the cube level waits until the token level has freed what it worked in.
     cube = run.cube() if keep else None
-    features, statistics, token_preactivation = run.token_features(keep)
-    if recompute:
-        token_preactivation = None  # to be freed before the rest allocates
+    features, statistics, token_preactivation = run.token_features(keep and not recompute)
     cube = cube if keep else run.cube()
     context = run.class_levels().forward(run.class_tokens())
     z, weights, difference, head_preactivation = run.head(features, cube, context, keep)
-    large = (True, not recompute, not recompute and cube is not None, True, not recompute)
+    large = not recompute
     kept = (statistics, token_preactivation, cube, difference, head_preactivation)
+    there = (large, large, large and cube is not None, True, large)
     # An op's outputs may not be one tensor twice.
-    kept = Kept(*(t if keep and there else features.new_empty(0) for t, there in zip(kept, large, strict=True)))
+    kept = Kept(*(t if keep and is_kept else features.new_empty(0) for t, is_kept in zip(kept, there, strict=True)))
     return z, weights.to(sizes.dtype), kept
 
 
@@ -218,7 +217,7 @@ class _Chain:
         self.network = tuple(tensor.to(self.dtype) for tensor in inputs[21:25])
         self.position = in_wide_dtype(inputs.position, x)
 
-    def _module(self, op: str, x: Tensor, direction: str) -> ModuleType:
+    def _module(self, op: str, x: Tensor, direction: str | None) -> ModuleType:
         return implementation(op, self.backend, x, direction=direction)
 
     def class_levels(self) -> ClassLevels:
@@ -262,12 +261,12 @@ class _Chain:
     def kept_and_features(self, kept: Kept, context: Tensor | None) -> tuple[Kept, Tensor]:
         """What the forward kept, with what it didn't computed again, and F_token."""
         if kept.token_preactivation.numel():
-            module = self._module("token_features", self.tokens, "backward")
+            module = self._module("token_features", self.tokens, None)
             features = module.token_features_activation(kept.token_preactivation)
             return kept, features
         features, statistics, token_preactivation = self.token_features(True)
         cube = self.cube()
-        head = self._module("interpolation_head", self.inputs.x, "backward")
+        head = self._module("interpolation_head", self.inputs.x, None)
         context = None if context is None else context.to(self.dtype)
         if kept.difference.numel():
             preactivation = head.interpolation_head_preactivation(features, cube, context, *self.network[:2])

@@ -189,6 +189,7 @@ def _module_jobs(backend: str, device: torch.device) -> Iterator[Job]:
         case = ", ".join(f"{name} {_label(value)}" for name, value in ablation.items()) or "as in the paper"
         for dtype in (torch.float64, torch.float32) if not ablation else (torch.float32,):
             yield Job("FusedInTI", case, _name(dtype), _Module(ablation, backend, device, dtype, None))
+    yield Job("FusedInTI", "recompute", "float32", _Module({}, backend, device, torch.float32, None, recompute=True))
     for dtype in AUTOCASTS:
         if reasons := backends.why_not(backend, device=device, dtype=dtype):
             yield Job("FusedInTI", "autocast", _name(dtype), None, " ".join(reasons))
@@ -235,12 +236,13 @@ class _Module:
     device: torch.device
     dtype: torch.dtype
     autocast: torch.dtype | None
+    recompute: bool = False
 
     def __call__(self) -> list[testing.Comparison]:
         interpreted = _interpreted(self.backend, self.device)
         sizes, draws = (INTERPRETED, INTERPRETED_DRAWS) if interpreted else (SIZES, None)
         inti, x = testing.module_case(**{**sizes, **self.ablation}, dtype=self.dtype, device=self.device)
-        fused = FusedInTI.from_reference(inti, backend=self.backend)
+        fused = FusedInTI.from_reference(inti, backend=self.backend, recompute=self.recompute)
         return testing.three_way_module(fused, x, autocast=self.autocast, draws=draws)
 
 

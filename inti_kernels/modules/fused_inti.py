@@ -16,11 +16,13 @@ from ..reference.inti import Head, NormLinearGELU
 # Parts of the module that are plain PyTorch, and why.
 PLAIN_PARTS = {
     "temporal position": "outside the op inti all levels have to see x + σ·P, so it is formed once for all",
-    "token level": "the attention head takes frames one by one; adapters and hooks on the Linear want to be called",
-    "cube level": "adapters and hooks on the convolution want to be called",
+    "token level": "the attention head takes frames one by one; adapters and hooks on the Linear want to be called; "
+    "the backend is the reference",
+    "cube level": "adapters and hooks on the convolution want to be called; the backend is the reference",
     "frame level": "works on B·T class tokens only",
     "global level": "works on B·T class tokens only",
-    "head": "the heads sigmoid and attention, and adapters and hooks on a Linear: all but the interpolation is plain",
+    "head": "the heads sigmoid and attention, and adapters and hooks on a Linear (all but the interpolation is plain); "
+    "the backend is the reference",
     "sigmoid interpolation": "its weights don't sum to 1: pair_interpolate is another function",
 }
 
@@ -77,19 +79,20 @@ class FusedInTI(InTI):
         return fused
 
     def plain_parts(self) -> list[str]:
-        """The parts of this module that are plain PyTorch (keys of PLAIN_PARTS)."""
-        levels = [f"{level} level" for level in self.context if level != "cube"]
-        if self._is_one_node():
+        """The parts of this module that are plain PyTorch where its ops are kernels (keys of PLAIN_PARTS); all that it
+        has, if its backend is the reference."""
+        levels, plain = [f"{level} level" for level in self.context if level != "cube"], self._is_reference()
+        if self._is_one_node() and not plain:
             return levels
-        if "cube" in self.context and not _untouched(self.cube, nn.Conv3d):
+        if "cube" in self.context and (plain or not self._is_ours("cube")):
             levels.insert(0, "cube level")
-        token_level = self.head_type == "attention" or not self._is_ours("token")
-        head = self.head_type != "softmax" or not self._is_ours("head")
+        token_level = plain or self.head_type == "attention" or not self._is_ours("token")
+        head = plain or self.head_type != "softmax" or not self._is_ours("head")
         parts = ["temporal position", *["token level"] * token_level, *levels, *["head"] * head]
         return parts + ["sigmoid interpolation"] * (self.head_type == "sigmoid")
 
     def _forward(self, x: Tensor, position: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        if backends.requested(self.backend) == "reference":
+        if self._is_reference():
             return super()._forward(x, position, grid)
         if self._is_one_node():
             z, weights = ops.inti(
@@ -110,6 +113,9 @@ class FusedInTI(InTI):
         else:
             return super()._forward(x, position, grid)
         return z, weights.float() if _softmax_in_float32(x) else weights
+
+    def _is_reference(self) -> bool:
+        return backends.requested(self.backend) == "reference"
 
     def _is_one_node(self) -> bool:
         """Whether this is what the op inti computes, with no submodule that wants to be called."""

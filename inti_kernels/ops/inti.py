@@ -28,7 +28,7 @@ def _run_forward(*args: Any) -> tuple[Tensor, ...]:
     """z, the weights, and what the backward needs (:class:`Kept`): empty without ``keep``, and what is as large as
     half of x with ``recompute``."""
     inputs, sizes, (keep, recompute, backend) = Inputs(*args[:_COUNT]), Sizes(*args[_COUNT:-3]), args[-3:]
-    backend = _settled("inti", backend, inputs.x)
+    backend = _settle("inti", backend, inputs.x)
     z, weights, kept = inti_forward(inputs, sizes, keep, recompute, backend)
     return z, weights, *kept
 
@@ -39,14 +39,15 @@ def _run_backward(grad_z: Tensor, grad_weights: Tensor, *args: Any) -> tuple[Ten
     *args, needs, grad_x_accumulate, backend = args
     inputs, sizes, kept = Inputs(*args[:_COUNT]), Sizes(*args[_COUNT:-_KEPT]), Kept(*args[-_KEPT:])
     recipe.check_accumulator(grad_x_accumulate, inputs.x)
-    backend = _settled("inti_backward", backend, inputs.x)
+    backend = _settle("inti_backward", backend, inputs.x)
     grads = inti_backward(grad_z, grad_weights, inputs, sizes, kept, needs, grad_x_accumulate, backend)
     return recipe.present(grads, inputs.x)
 
 
-def _settled(counted: str, backend: str, x: Tensor) -> str:
-    """`auto` is left to the ops of the chain, each of which knows best, unless it can't be kernels at all."""
-    chosen = backends.count(counted, "inti", backend, x)
+def _settle(counted: str, backend: str, x: Tensor) -> str:
+    """Counts what runs. `auto` is left to the ops of the chain, each of which knows best, unless none has kernels."""
+    chosen = backends.settle("inti", backend, x)
+    backends.count(counted, chosen)
     return chosen if chosen == "reference" else backend
 
 
@@ -75,7 +76,7 @@ def _(*args):  # type: ignore[no-untyped-def]
     nothing, large = x.new_empty(0, dtype=dtype), keep and not recompute
     wide = wide_dtype(nothing)
     kept = Kept(
-        statistics=x.new_empty((batch, frames, tokens, 2), dtype=wide) if keep else nothing,
+        statistics=x.new_empty((batch, frames, tokens, 2), dtype=wide) if large else nothing,
         token_preactivation=x.new_empty((batch, frames, tokens, inputs.weight.shape[0]), dtype=dtype)
         if large
         else nothing,
@@ -199,7 +200,7 @@ def inti(
         grid: (H, W).
         prefix: tokens before the patches; without any the mean token stands in for the class token.
         eps: of the LayerNorms of the token level, the frame level's frames and its pairs.
-        recompute: keep none of that but the two numbers a token; the backward then does the forward's products again.
+        recompute: keep none of that but a number a pair of tokens; the backward then does the forward's products again.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; None takes the choice in force, see
             :func:`inti_kernels.use_backend`.
 

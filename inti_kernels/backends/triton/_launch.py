@@ -208,7 +208,7 @@ def _tuned(kernel: Any, at: Settings, accumulates: bool, device: torch.device) -
             # 4 to 16 elements a thread and sum: more don't fit the registers, fewer leave accesses narrow.
             if warps and channels >= 8 and 4 <= at.tokens * channels // (32 * warps) <= 16:
                 configs.append(triton.Config({"CHANNELS": channels}, num_warps=warps))
-    sizes = ("frames", "pairs", "tokens", "height", "width", "dim", "context", "hidden_width",
+    sizes = ("frames", "pairs", "tokens", "height", "width", "dim", "context", "hidden",
              "TOKENS", "STRIDE", "SPACE", "VECTOR")  # fmt: skip
     key = [name for name in sizes if name in kernel.arg_names]
     # A buffer that is added to would take the gradient once for every run of the tuner.
