@@ -130,9 +130,9 @@ lint: install ## ruff and clang-format, nothing changed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-unit: install ## the fast tests (PYTEST_ARGS="-k conv -x")
+unit: install ## the fast tests, shared out over the cores (PYTEST_ARGS="-k conv -x")
 	$(call say,Tests)
-	$(VENV_PYTHON) -m pytest tests $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n auto tests $(PYTEST_ARGS)
 
 # Without a GPU: the kernels run in Triton's interpreter, and are compiled for every architecture by the Triton at hand.
 triton: install ## the Triton kernels: checked and tested in the interpreter, compiled for sm_70 to sm_90

@@ -293,7 +293,7 @@ class TestCommand:
         assert ways["InTI"]["error"] == pytest.approx(ways["FusedInTI"]["error"], rel=1e-3)
         assert ways["Naive"]["gmacs"] > ways["InTI"]["gmacs"] == ways["FusedInTI"]["gmacs"] > 0
         assert ways["Naive"]["kept_bytes"] > ways["InTI"]["kept_bytes"] > ways["InTI"]["kept_bytes_in_the_modules"] > 0
-        assert any(name.startswith("pair_interpolate on ") for name in ways["FusedInTI"]["executed"])
+        assert any(name.startswith("inti on ") for name in ways["FusedInTI"]["executed"])
 
         assert run_demo(clip_file, tmp_path, "--after", "3") == 0
         assert (tmp_path / "report.json").read_bytes() == first
@@ -307,8 +307,9 @@ class TestCommand:
         self, clip_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         class Swapped(FusedInTI):
-            def _interpolate(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-                return super()._interpolate(x, logits.flip(-1))
+            def _parameters_of_head(self) -> tuple[Tensor, ...]:
+                weight1, bias1, weight2, bias2 = super()._parameters_of_head()
+                return weight1, bias1, weight2.flip(0), bias2.flip(0)
 
         def wrong_fuse(model: nn.Module) -> list[str]:
             replaced = fuse(model)

@@ -53,6 +53,11 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
 )
 
 
+# Of which a row takes seconds where kernels are interpreted; the rows of the module, which is a chain of them, have
+# their cases.
+_OF_SEVERAL_PASSES = ("token_features", "interpolation_head")
+
+
 @dataclass
 class Row:
     """One line of the report."""
@@ -164,7 +169,7 @@ def _interpreted(backend: str, device: torch.device) -> bool:
 
 def _op_options(op: str, interpreted: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     convolutions = CASES if op == "depthwise_conv3d" else CASES[:1]
-    for prefix in PREFIXES:
+    for prefix in PREFIXES[:1] if interpreted and op in _OF_SEVERAL_PASSES else PREFIXES:
         for kernel, stride in convolutions[:1] if interpreted and prefix != 1 else convolutions:
             options: dict[str, Any] = {"prefix": prefix}
             label = f"prefix {prefix}"
@@ -172,8 +177,9 @@ def _op_options(op: str, interpreted: bool) -> Iterator[tuple[str, dict[str, Any
                 options |= {"kernel": kernel, "temporal_stride": stride}
                 label = f"{'×'.join(map(str, kernel))} / {stride}, {label}"
             yield label, options
-    yield "no position", {"position": False}
-    if op == "interpolation_head":
+    if not interpreted or op not in _OF_SEVERAL_PASSES:
+        yield "no position", {"position": False}
+    if op == "interpolation_head" and not interpreted:
         for context in ((), ("cube",), ("frame",)):
             yield f"context {_label(context)}", {"context": context}
     full = INTERPRETED_FULL if interpreted else FULL
