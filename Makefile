@@ -62,7 +62,7 @@ NVRTC := build/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 DISASSEMBLER := $(TRITON_FOLDER)/3.3.1/triton/backends/nvidia/bin/nvdisasm
 
 .PHONY: help install demo test lint unit emulator triton triton-check triton-tests triton-compile cuda cuda-check \
-    cuda-tests cuda-compile coverage sanitize test-mutants test-triton-versions test-nvcc test-full bench format clean
+    cuda-tests cuda-compile coverage test-slow sanitize test-mutants test-triton-versions test-nvcc test-full bench format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [TORCH=2.7.1] [ARGS='--frames 16']    torch here: $(TORCH)"
@@ -134,14 +134,17 @@ unit: install ## the fast tests, shared out over the cores (PYTEST_ARGS="-k conv
 	$(call say,Tests)
 	$(VENV_PYTHON) -m pytest -n auto tests $(PYTEST_ARGS)
 
+test-slow: install ## the tests that take minutes, which `make test` leaves out
+	$(call say,Slow tests)
+	$(VENV_PYTHON) -m pytest -m slow tests $(PYTEST_ARGS)
+
 # Without a GPU: the kernels run in Triton's interpreter, and are compiled for every architecture by the Triton at hand.
-triton: install ## the Triton kernels: checked and tested in the interpreter, compiled for sm_70 to sm_90
-	@$(MAKE) --no-print-directory triton-check
+triton: install ## the Triton kernels: tested in the interpreter, compiled for sm_70 to sm_90
 	@$(MAKE) --no-print-directory triton-tests
 	@$(MAKE) --no-print-directory triton-compile
 
 # The interpreter is Python and uses one core; the tests are shared out over the cores there are.
-triton-check: install
+triton-check: install ## the rows of `check` in Triton's interpreter
 	$(call say,Triton: check in the interpreter)
 	INTI_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m inti_kernels check
 
@@ -153,9 +156,9 @@ triton-tests: install
 
 triton-compile: install
 	$(call say,Triton: compiling ahead of time)
-	$(VENV_PYTHON) tests/triton_aot.py
+	$(VENV_PYTHON) tests/triton_aot.py --arch 70 80 90
 
-# A version stands in a folder of its own, before the installed one on the path.
+# All five architectures, with every version. A version stands in a folder of its own, before the installed one on the path.
 test-triton-versions: install ## compile the Triton kernels with every supported Triton (TRITONS="3.3.1 …")
 	@for version in $(TRITONS); do \
 	    folder=$(TRITON_FOLDER)/$$version; \
@@ -266,7 +269,7 @@ test-mutants: install ## plant one-line faults in the C++, Triton and CUDA kerne
 	$(call say,Mutants)
 	$(VENV_PYTHON) tests/mutants.py
 
-test-full: install ## test, sanitize, test-mutants, test-triton-versions, test-nvcc, a wheel beside several torches; writes FULL_RESULTS.md
+test-full: install ## test, test-slow, triton-check, sanitize, test-mutants, test-triton-versions, test-nvcc, a wheel beside several torches; writes FULL_RESULTS.md
 	$(VENV_PYTHON) tests/full.py
 
 # --- Keeping house --------------------------------------------------------------------------------------------------

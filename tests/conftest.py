@@ -17,7 +17,7 @@ from inti_kernels.ops import OPS
 # `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
 # finding what nobody thought of (HYPOTHESIS_PROFILE=full); `mutants` only wants to know whether something fails.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-settings.register_profile("fast", max_examples=8 if INTERPRETED else 25, derandomize=True, **_COMMON)
+settings.register_profile("fast", max_examples=4 if INTERPRETED else 25, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=400, **_COMMON)
 settings.register_profile(
     "mutants", max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON

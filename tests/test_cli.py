@@ -132,7 +132,7 @@ def small_check(monkeypatch):
     monkeypatch.setattr(check, "PREFIXES", (1,))
     monkeypatch.setattr(check, "CASES", check.CASES[:1])
     monkeypatch.setattr(check, "AUTOCASTS", ())
-    monkeypatch.setattr(check, "SIZES", {"dim": 8, "frames": 4, "grid": (3, 2), "batch": 1})
+    monkeypatch.setattr(check, "SIZES", {"dim": 20, "frames": 4, "grid": (3, 3), "batch": 2})
 
 
 def checked(capsys, *arguments: str):
@@ -412,6 +412,7 @@ def test_no_line_through_sizes_that_were_not_timed():
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_bench_of_a_whole_model(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(bench, "TOWER", "vit_tiny")

@@ -16,7 +16,7 @@ from inti_kernels.testing import assert_close_three_way, compare
 
 DIM, GRID, PIXELS, CLASSES = 32, (2, 2), 8, 4
 # A step takes long in the emulator, and seconds in Triton's interpreter: fewer and smaller ones there, learning faster.
-CLIPS, FRAMES, STEPS, RATE = {"cpu": (8, 8, 100, 0.005), "cuda": (8, 8, 20, 0.03), "triton": (2, 4, 2, 0.1)}[UNDER_TEST]
+CLIPS, FRAMES, STEPS, RATE = {"cpu": (8, 8, 100, 0.005), "cuda": (8, 8, 12, 0.03), "triton": (2, 4, 2, 0.1)}[UNDER_TEST]
 # bfloat16's losses are compared over so many trainings, averaged over so many steps each time.
 SEEDS, WINDOW = {"cpu": (2, 10), "cuda": (1, 2), "triton": (0, 1)}[UNDER_TEST]
 
