@@ -62,7 +62,7 @@ NVRTC := build/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 DISASSEMBLER := $(TRITON_FOLDER)/3.3.1/triton/backends/nvidia/bin/nvdisasm
 
 .PHONY: help install demo test lint unit emulator triton triton-check triton-tests triton-compile cuda cuda-check \
-    cuda-tests cuda-compile coverage test-slow sanitize test-mutants test-triton-versions test-nvcc test-full bench format clean
+    cuda-tests cuda-compile cuda-model coverage test-slow sanitize test-mutants test-triton-versions test-nvcc test-full bench format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [TORCH=2.7.1] [ARGS='--frames 16']    torch here: $(TORCH)"
@@ -209,6 +209,8 @@ cuda-compile: emulator $(NVRTC) $(DISASSEMBLER)
 	fi
 	$(call say,CUDA: compiling ahead of time for sm_70)
 	$(VENV_PYTHON) tests/cuda_aot.py
+
+cuda-model: cuda-compile ## what the CUDA kernels' code should reach on a V100
 	$(call say,CUDA: what the code should reach on a V100)
 	$(VENV_PYTHON) -m benchmarks.sass_model
 
@@ -269,7 +271,7 @@ test-mutants: install ## plant one-line faults in the C++, Triton and CUDA kerne
 	$(call say,Mutants)
 	$(VENV_PYTHON) tests/mutants.py
 
-test-full: install ## test, test-slow, triton-check, sanitize, test-mutants, test-triton-versions, test-nvcc, a wheel beside several torches; writes FULL_RESULTS.md
+test-full: install ## test, test-slow, triton-check, cuda-model, sanitize, test-mutants, test-triton-versions, test-nvcc, a wheel beside several torches; writes FULL_RESULTS.md
 	$(VENV_PYTHON) tests/full.py
 
 # --- Keeping house --------------------------------------------------------------------------------------------------

@@ -117,7 +117,8 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     if not RESULTS.exists():  # README.md links to it, which `make test` checks
         RESULTS.write_text("# The last `make test-full`\n\nThe first run is under way.\n")
-    targets = ("test", "test-slow", "triton-check", "sanitize", "test-mutants", "test-triton-versions", "test-nvcc")
+    targets = ("test", "test-slow", "triton-check", "cuda-model", "sanitize", "test-mutants", "test-triton-versions")
+    targets += ("test-nvcc",)
     steps = [run(target, ["make", "--no-print-directory", target]) for target in targets]
     steps += wheel_steps()
     write(steps)

@@ -373,6 +373,7 @@ def test_bench_counts_traffic_and_times_nothing(tmp_path, capsys):
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_bench_sweeps_the_module(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     status, rows = benchmark(tmp_path, "--sweep", "--plot", str(tmp_path / "sweep.png"))

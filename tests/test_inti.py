@@ -95,17 +95,18 @@ def test_torch_func_grad() -> None:
     batch=st.integers(1, 2),
     frames=st.sampled_from((2, 4, 6)),
     grid=op_suite.sizes(st.tuples(st.integers(1, 7), st.integers(1, 7)), st.sampled_from(((2, 2), (1, 3)))),
-    dim=op_suite.sizes(st.integers(2, 40).map(lambda half: 2 * half), st.sampled_from((8, 20))),
-    hidden=op_suite.sizes(st.integers(4, 70), st.sampled_from((5, 20))),
+    dim=op_suite.sizes(st.integers(8, 40).map(lambda half: 2 * half), st.sampled_from((8, 20))),
+    hidden=op_suite.sizes(st.integers(8, 70), st.sampled_from((5, 20))),
     context=st.sampled_from(CONTEXTS),
     prefix=st.sampled_from((0, 1, 5)),
-    dtype=st.sampled_from(DTYPES),
+    # In float32 the ops of the chain are held to their bounds one by one, and the module in test_cuda_emulated.py.
+    dtype=op_suite.sizes(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from(DTYPES[1:])),
     position=st.booleans(),
     layout=st.sampled_from((None, "sequence first", "an offset and a wider row", "a slice of the tokens")),
     seed=st.integers(0, 9),
 )
 def test_kernels_match_reference(kernels: str, **sizes: Any) -> None:
-    op_suite.compare_with_reference(replace(SUBJECT, backend=kernels), kernels, draws=16, **sizes)
+    op_suite.compare_with_reference(replace(SUBJECT, backend=kernels), kernels, draws=24, **sizes)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

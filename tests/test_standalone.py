@@ -28,6 +28,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return into / "standalone"
 
 
+# Compiling the program takes a minute and a half.
+pytestmark = pytest.mark.slow
+
+
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True)
 
