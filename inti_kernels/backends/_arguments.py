@@ -116,6 +116,11 @@ def _expect_float64_in_all_or_none(x: Tensor, network: Tensor) -> None:
         raise ValueError(f"expected float64 for x and the network, or for neither, got {x.dtype} and {network.dtype}")
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As the compiled modules name a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What kernels compute x's dtype in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

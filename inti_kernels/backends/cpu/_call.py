@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .._arguments import name_of
 from .._memory import empty
 
 # Rows that go through the passes and products at once: enough for the products to run at full speed, few enough that
@@ -32,11 +33,6 @@ def call(entry: str, **arguments: Any) -> None:
     """
     values = {name: _address(v) if v is None or isinstance(v, Tensor) else v for name, v in arguments.items()}
     getattr(native.load(), entry)(threads=torch.get_num_threads(), **values)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As the module names it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def chunks(frames: int, tokens: int, step: int, *, halve: bool = False) -> Iterator[tuple[int, int]]:

@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import native
-from .._arguments import channels_contiguous, expect, expect_convolution, gradient_buffer, in_wide_dtype, taps_first
+from .._arguments import (
+    channels_contiguous,
+    expect,
+    expect_convolution,
+    gradient_buffer,
+    in_wide_dtype,
+    name_of,
+    taps_first,
+)
 from .._memory import empty
-from ._call import call, name_of
+from ._call import call
 
 Gradients = tuple[Tensor | None, ...]
 

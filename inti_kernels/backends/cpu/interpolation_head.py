@@ -21,11 +21,12 @@ from .._arguments import (
     expect_one_dtype,
     gradient_buffer,
     in_wide_dtype,
+    name_of,
     wide_dtype,
 )
 from .._memory import empty
 from . import _products
-from ._call import add_up, call, chunks, largest, name_of
+from ._call import add_up, call, chunks, largest
 from ._products import add_product, add_product_over_rows, product
 
 Gradients = tuple[Tensor | None, ...]

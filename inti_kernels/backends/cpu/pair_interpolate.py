@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .._arguments import channels_contiguous, expect, gradient_buffer, in_wide_dtype
+from .._arguments import channels_contiguous, expect, gradient_buffer, in_wide_dtype, name_of
 from .._memory import empty
-from ._call import call, name_of
+from ._call import call
 
 Gradients = tuple[Tensor | None, ...]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import name_of
 from .._memory import empty
 from . import load
 
@@ -126,11 +127,6 @@ def deferred_sums() -> Iterator[Sums]:
         sums.launch()
     finally:
         _open.sums = None
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As the module names it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

@@ -11,10 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import channels_contiguous, expect, expect_one_dtype, gradient_buffer, in_wide_dtype, wide_dtype
+from .._arguments import (
+    channels_contiguous,
+    expect,
+    expect_interpolation_head,
+    expect_one_dtype,
+    gradient_buffer,
+    in_wide_dtype,
+    name_of,
+    wide_dtype,
+)
 from .._memory import empty
 from . import load
-from ._launch import deferred_sums, launch, name_of, strides
+from ._launch import deferred_sums, launch, strides
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -31,7 +40,7 @@ def interpolation_head_forward(
     position: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _expect_all(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
+    expect_interpolation_head(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
     pairs, wide = features.shape[:3], wide_dtype(features)
     x = channels_contiguous(x, "interpolation_head")
     shape = _shape(features, x, weight1)
@@ -112,7 +121,7 @@ def interpolation_head_backward(
 ) -> Gradients:
     if not any(needs):
         return (None,) * 9
-    _expect_all(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
+    expect_interpolation_head(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
     batch, frames, tokens, dim = x.shape
     pairs, hidden = (batch, frames // 2, tokens), weight1.shape[0]
     expect(
@@ -233,36 +242,6 @@ def _gradient_of_weight1(grad_hidden: Tensor, features: Tensor, cube: Tensor | N
     if cube is not None:
         torch.mm(grad_hidden.t(), cube.flatten(0, 2), out=grad[:, width:])
     return grad
-
-
-def _expect_all(
-    features: Tensor,
-    cube: Tensor | None,
-    frame_context: Tensor | None,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    position: Tensor | None,
-) -> None:
-    batch, frames, tokens, dim = x.shape
-    pairs, (hidden, width) = (batch, frames // 2, tokens), weight1.shape
-    context = width - features.shape[-1]
-    expect(
-        x,
-        (features, (*pairs, features.shape[-1])),
-        (cube, (*pairs, context)),
-        (frame_context, (*pairs[:2], context)),
-        (weight1, (hidden, features.shape[-1] + (context if cube is not None or frame_context is not None else 0))),
-        (bias1, (hidden,)),
-        (weight2, (2, hidden)),
-        (bias2, (2,)),
-        (position, (frames, dim)),
-    )
-    expect_one_dtype(features, cube, frame_context, weight1, bias1, weight2, bias2)
-    if wide_dtype(features) != wide_dtype(x):
-        raise ValueError(f"expected float64 for x and the network, or for neither, got {x.dtype} and {features.dtype}")
 
 
 def _shape(features: Tensor, x: Tensor, weight1: Tensor) -> tuple[object, ...]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._arguments import channels_contiguous, expect, gradient_buffer, in_wide_dtype, wide_dtype
+from .._arguments import channels_contiguous, expect, gradient_buffer, in_wide_dtype, name_of, wide_dtype
 from .._memory import empty
 from . import load
-from ._launch import deferred_sums, launch, name_of, strides
+from ._launch import deferred_sums, launch, strides
 
 Gradients = tuple[Tensor | None, ...]
 

@@ -10,10 +10,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._arguments import channels_contiguous, expect, expect_one_dtype, gradient_buffer, in_wide_dtype, wide_dtype
+from .._arguments import (
+    channels_contiguous,
+    expect,
+    expect_one_dtype,
+    expect_token_features,
+    gradient_buffer,
+    in_wide_dtype,
+    name_of,
+    wide_dtype,
+)
 from .._memory import empty
 from . import load
-from ._launch import deferred_sums, launch, name_of, rows, strides
+from ._launch import deferred_sums, launch, rows, strides
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -30,7 +39,8 @@ def token_features_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, frames, tokens, _ = x.shape
     width = weight.shape[0]
-    _expect_all(x, norm_weight, norm_bias, weight, bias, position)
+    expect_token_features(x, norm_weight, norm_bias, weight, bias, position)
+    expect_one_dtype(x, norm_weight, norm_bias, weight)
     x = channels_contiguous(x, "token_features")
     statistics = empty((batch, frames, tokens, 2), x, wide_dtype(x))
     features = empty((batch, frames // 2, tokens, 2 * width), x)
@@ -87,7 +97,8 @@ def token_features_backward(
         return (None,) * 6
     batch, frames, tokens, dim = x.shape
     width, count = weight.shape[0], batch * frames * tokens
-    _expect_all(x, norm_weight, norm_bias, weight, bias, position)
+    expect_token_features(x, norm_weight, norm_bias, weight, bias, position)
+    expect_one_dtype(x, norm_weight, norm_bias, weight)
     expect(
         x,
         (grad_features, (batch, frames // 2, tokens, 2 * width)),
@@ -162,22 +173,6 @@ def token_features_backward(
         grad_bias,
         grad_position,
     )
-
-
-def _expect_all(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None
-) -> None:
-    _, frames, _, dim = x.shape
-    width = weight.shape[0]
-    expect(
-        x,
-        (norm_weight, (dim,)),
-        (norm_bias, (dim,)),
-        (weight, (width, dim)),
-        (bias, (width,)),
-        (position, (frames, dim)),
-    )
-    expect_one_dtype(x, norm_weight, norm_bias, weight, bias)
 
 
 def _shape(x: Tensor, weight: Tensor) -> tuple[object, ...]:
