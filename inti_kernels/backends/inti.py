@@ -51,8 +51,8 @@ class Inputs(NamedTuple):
     position: Tensor | None
 
 
-# Where the parameters of the frame and the global level stand among the inputs.
-FRAME, GLOBAL = slice(7, 15), slice(15, 21)
+# Where the parameters of the frame level, the global level and the head stand among the inputs.
+FRAME, GLOBAL, HEAD = slice(7, 15), slice(15, 21), slice(21, 25)
 
 
 class Kept(NamedTuple):
@@ -109,7 +109,7 @@ def inti_forward(
     cube = run.cube() if keep else None
     features, statistics, token_preactivation = run.token_features(keep and not recompute)
     cube = cube if keep else run.cube()
-    context = run.class_levels().forward(run.class_tokens())
+    context = run.in_dtype(run.class_levels().forward(run.class_tokens()))
     z, weights, difference, head_preactivation = run.head(features, cube, context, keep)
     large = not recompute
     kept = (statistics, token_preactivation, cube, difference, head_preactivation)
@@ -132,12 +132,13 @@ def inti_backward(
     """The gradients of the inputs; None where ``needs`` says no, or where x's went into the accumulator."""
     if not any(needs):
         return (None,) * len(inputs)
-    run, need = _Chain(inputs, sizes, backend, direction="backward"), Inputs(*needs)
+    run, need = _Chain(inputs, sizes, backend), Inputs(*needs)
     given = [i for i in range(FRAME.start, GLOBAL.stop) if inputs[i] is not None]
     # Whoever sees x + σ·P has a part in both their gradients.
     tokens = need.x or need.position
     class_levels = run.class_levels()
-    context = class_levels.forward(run.class_tokens())
+    wide_context = class_levels.forward(run.class_tokens())
+    context = run.in_dtype(wide_context)
     kept, features = run.kept_and_features(kept, context)
     needs_of_token = (need.norm_weight, need.norm_bias, need.weight, need.bias)
     grads: dict[str, Tensor | None] = {}
@@ -153,7 +154,7 @@ def inti_backward(
                 inputs.cube_weight is not None and (tokens or need.cube_weight or need.cube_bias),
                 context is not None and bool(tokens or any(needs[FRAME.start : GLOBAL.stop])),
                 need.x,
-                *needs[21:25],
+                *needs[HEAD],
                 need.position,
             ),
             grad_x_accumulate,
@@ -180,7 +181,7 @@ def inti_backward(
     if need.x and shared is not buffer:
         buffer += shared
     if grad_context is not None:
-        of_class, of_levels = class_levels.backward(grad_context.to(context.dtype))
+        of_class, of_levels = class_levels.backward(grad_context.to(wide_context.dtype))
         grads.update(zip((Inputs._fields[i] for i in given), of_levels, strict=True))
         if need.x:
             _add_to_class_tokens(buffer, of_class, sizes.prefix)
@@ -205,20 +206,24 @@ class _Chain:
         position: σ·P in what kernels add it in, converted once for all.
     """
 
-    def __init__(self, inputs: Inputs, sizes: Sizes, backend: str, direction: str = "forward") -> None:
+    def __init__(self, inputs: Inputs, sizes: Sizes, backend: str) -> None:
         x = channels_contiguous(inputs.x, "inti")
         inputs = inputs._replace(x=x)
-        self.inputs, self.sizes, self.backend, self.direction = inputs, sizes, backend, direction
+        self.inputs, self.sizes, self.backend = inputs, sizes, backend
         self.dtype = computed_in(x, sizes.dtype, backend)
         reads_both = x.dtype == torch.float32 and settle("token_features", backend, x) == "cpu"
         self.tokens = x if reads_both else x.to(self.dtype)
         self.norm = tuple(tensor.to(self.tokens.dtype) for tensor in (inputs.norm_weight, inputs.norm_bias))
         self.linear = (inputs.weight.to(self.dtype), inputs.bias.to(self.dtype))
-        self.network = tuple(tensor.to(self.dtype) for tensor in inputs[21:25])
+        self.network = tuple(tensor.to(self.dtype) for tensor in inputs[HEAD])
         self.position = in_wide_dtype(inputs.position, x)
 
     def _module(self, op: str, x: Tensor, direction: str | None) -> ModuleType:
         return implementation(op, self.backend, x, direction=direction)
+
+    def in_dtype(self, context: Tensor | None) -> Tensor | None:
+        """The frames' context as the head takes it."""
+        return None if context is None else context.to(self.dtype)
 
     def class_levels(self) -> ClassLevels:
         """On the CPU in the wide dtype: 16-bit products of a few rows are slow there, and float32 costs nothing."""
@@ -253,7 +258,6 @@ class _Chain:
         self, features: Tensor, cube: Tensor | None, context: Tensor | None, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         module = self._module("interpolation_head", self.inputs.x, "forward")
-        context = None if context is None else context.to(self.dtype)
         return module.interpolation_head_forward(
             features, cube, context, self.inputs.x, *self.network, self.position, keep
         )
@@ -267,7 +271,6 @@ class _Chain:
         features, statistics, token_preactivation = self.token_features(True)
         cube = self.cube()
         head = self._module("interpolation_head", self.inputs.x, None)
-        context = None if context is None else context.to(self.dtype)
         if kept.difference.numel():
             preactivation = head.interpolation_head_preactivation(features, cube, context, *self.network[:2])
             difference = kept.difference
@@ -301,7 +304,7 @@ class _Chain:
             grad_weights.to(self.dtype),
             features,
             None if self.inputs.cube_weight is None else kept.cube,
-            None if context is None else context.to(self.dtype),
+            context,
             self.inputs.x,
             *self.network,
             self.position,
