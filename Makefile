@@ -88,7 +88,7 @@ $(VENV_STAMP):
 
 $(TORCH_STAMP): | $(VENV_STAMP)
 	$(call say,Installing torch ($(TORCH)))
-	$(PIP) install $(if $(filter newest,$(TORCH)),--upgrade torch,torch==$(TORCH))
+	$(PIP) install $(if $(filter newest,$(TORCH)),--upgrade torch torchvision,torch==$(TORCH) torchvision)
 	@rm -f $(VENV)/.stamp-torch-*
 	@touch $@
 

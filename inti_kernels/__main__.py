@@ -1,4 +1,4 @@
-"""`python -m inti_kernels info | check | bench | demo`."""
+"""`python -m inti_kernels info | check | bench | demo | cost | visualize`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ COMMANDS = {
     "check": "compare every op and FusedInTI, forward and backward, with the reference on this machine",
     "bench": "time every op and the whole module against PyTorch, after verifying each",
     "demo": "run CLIP on a real clip, plain, with InTI and with FusedInTI",
+    "cost": "multiply-accumulates and parameters of compressed models, beside the published ones",
+    "visualize": "show what a model with InTI keeps of each frame of a clip: picture and animation",
 }
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -249,6 +250,30 @@ void partial_sums(const std::array<int64_t, 3>& shape, const std::string& type, 
   call(inti::cpu_kernels().partial_sums, p);
 }
 
+// shape: (rows, columns, depth)
+void product(const std::array<int64_t, 3>& shape, int threads, Address a, const std::array<int64_t, 2>& a_strides,
+             Address b, const std::array<int64_t, 2>& b_strides, Address c, int64_t c_pitch, bool accumulate,
+             Address workspace) {
+  inti::Product p{};
+  p.rows = shape[0];
+  p.columns = shape[1];
+  p.depth = shape[2];
+  p.a = pointer<float>(a);
+  std::copy(a_strides.begin(), a_strides.end(), p.a_strides);
+  p.b = pointer<float>(b);
+  std::copy(b_strides.begin(), b_strides.end(), p.b_strides);
+  p.c = pointer<float>(c);
+  p.c_pitch = c_pitch;
+  p.accumulate = accumulate;
+  p.workspace = pointer<float>(workspace);
+  p.threads = threads;
+  call(inti::cpu_kernels().product, p);
+}
+
+int64_t product_workspace(int64_t columns, int64_t depth, int threads) {
+  return inti::gemm_workspace(columns, std::min(depth, inti::kProductDepth), threads);
+}
+
 py::dict build_info() {
   return py::dict("version"_a = INTI_VERSION, "compiler"_a = INTI_COMPILER, "flags"_a = INTI_CXX_FLAGS,
                   "cpu_isas"_a = INTI_CPU_ISAS, "openmp"_a = bool(INTI_OPENMP), "cuda_archs"_a = INTI_CUDA_ARCHS);
@@ -279,6 +304,9 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("token_blocks", &inti::token_blocks, "tokens"_a);
   m.def("partial_sums", &partial_sums, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "partials"_a, "sums"_a);
+  m.def("product_workspace", &product_workspace, "columns"_a, "depth"_a, "threads"_a);
+  m.def("product", &product, py::kw_only(), "shape"_a, "threads"_a, "a"_a, "a_strides"_a, "b"_a, "b_strides"_a, "c"_a,
+        "c_pitch"_a, "accumulate"_a, "workspace"_a);
   m.def("token_features_normalize", &token_features_normalize, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a, "x"_a,
         "x_strides"_a, "position"_a, "norm_weight"_a, "norm_bias"_a, "eps"_a, "statistics"_a, "have_statistics"_a,
         "normalized"_a);

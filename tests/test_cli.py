@@ -14,7 +14,7 @@ import torch
 
 from inti_kernels import backends, ops
 from inti_kernels.__main__ import COMMANDS, main
-from inti_kernels.cli import _environment, _stopwatch, _sweep, _tables, _timing, bench, check
+from inti_kernels.cli import _environment, _stopwatch, _sweep, _tables, _timing, _towers, bench, check
 
 
 def run(*arguments: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -414,24 +414,31 @@ def test_no_line_through_sizes_that_were_not_timed():
 
 @needs_kernels
 @pytest.mark.slow
-def test_bench_of_a_whole_model(tmp_path, capsys, monkeypatch):
+def test_bench_of_a_whole_model(tmp_path, capsys):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(bench, "TOWER", "vit_tiny")
-    path = tmp_path / "model.json"
-    assert main(["bench", "--op", "model", "--repeats", "2", "--dtype", "bfloat16", "--json", str(path)]) == 0
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "model.json", tmp_path / "model.png"
+    files = ["--json", str(path), "--plot", str(picture)]
+    assert main(["bench", "--model", "vit_tiny", "--repeats", "2", "--dtype", "bfloat16", *files]) == 0
     rows = json.loads(path.read_text())["rows"]
     names = [(row["mode"], row["contender"]) for row in rows]
-    assert names == list(itertools.product(("inference", "training step"), ("Naive", "InTI", "FusedInTI", "mean")))
+    assert names == list(itertools.product(_towers.MODES, _towers.WAYS))
+    assert {row["model"] for row in rows} == {"vit_tiny"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
     for row in rows:
         assert row["status"] == "ok"
         assert row["rounds"] == 2
         assert row["ms_20"] <= row["ms_50"] <= row["ms_80"]
         naive = next(r for r in rows if (r["mode"], r["contender"]) == (row["mode"], "Naive"))
         assert row["over_naive"] == pytest.approx(row["ms_50"] / naive["ms_50"])
-        assert row["executed"] == ("cpu" if row["contender"] == "FusedInTI" else "torch")
+        assert row["executed"] == ("cpu" if row["contender"] in _towers.OURS else "torch")
+        # At the least what is kept of the 16 frames' 17 tokens of 32 channels, in bfloat16.
+        assert row["peak_bytes"] > 16 * 17 * 32 * 2
+        assert bool(row["setting"]) == (row["contender"] in ("ToMe", "STA"))
     # Half the frames are left after block 1 of 4, a quarter after block 2; the patches' embedding is of all frames.
     macs = {row["contender"]: row["macs"] for row in rows}
-    assert macs["mean"] < macs["InTI"] == macs["FusedInTI"] < macs["Naive"]
+    assert macs["mean"] == macs["LinearPooling"] < macs["InTI"] == macs["FusedInTI"] < macs["Naive"]
+    assert all(0.9 * macs["InTI"] < macs[way] <= macs["InTI"] for way in ("ToMe", "STA"))
     block, embedding = 17 * 12 * 32**2 + 2 * 17**2 * 32, 16 * 3 * 16**2 * 32
     expected = (embedding + (1 + 1 / 2 + 2 / 4) * block) / (embedding + 4 * block)
     assert macs["mean"] / macs["Naive"] == pytest.approx(expected, abs=0.005)
@@ -443,13 +450,12 @@ def test_bench_of_a_whole_model(tmp_path, capsys, monkeypatch):
 @needs_kernels
 def test_bench_times_no_model_with_a_kernel_that_is_wrong(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(bench, "TOWER", "vit_tiny")
     right = ops.inti
     monkeypatch.setattr(ops, "inti", lambda *args, **kwargs: tuple(1.01 * out for out in right(*args, **kwargs)))
     path = tmp_path / "model.json"
-    assert main(["bench", "--op", "model", "--repeats", "1", "--json", str(path)]) == 1
+    assert main(["bench", "--model", "vit_tiny", "--repeats", "1", "--json", str(path)]) == 1
     for row in json.loads(path.read_text())["rows"]:
-        assert (row["ms_50"] is None) == (row["status"] == "FAIL") == (row["contender"] == "FusedInTI")
+        assert (row["ms_50"] is None) == (row["status"] == "FAIL") == (row["contender"] in _towers.OURS)
     assert "out 0" in capsys.readouterr().out
 
 
@@ -457,6 +463,7 @@ def test_bench_times_no_model_with_a_kernel_that_is_wrong(tmp_path, capsys, monk
     ("arguments", "message"),
     [
         (["--op", "model", "--dim", "8", "--batch", "2"], "leave out --dim, --batch"),
+        (["--model", "vit_tiny", "--op", "inti"], "--model is the tower of --op model, got --op inti"),
         (["--op", "token_features", "--sweep"], "--sweep is of the module"),
         (["--op", "model", "--traffic"], "--traffic counts at one size"),
         (["--sweep", "--traffic"], "--traffic counts at one size"),

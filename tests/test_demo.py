@@ -18,8 +18,10 @@ pytest.importorskip("matplotlib", reason="needs inti_kernels[demo]")
 
 from inti_kernels import FusedInTI, InTI, fuse  # noqa: E402
 from inti_kernels.__main__ import main  # noqa: E402
-from inti_kernels.cli import _clip, _measure, _picture, _video, demo  # noqa: E402
+from inti_kernels.cli import _clip, _picture, _video, demo  # noqa: E402
 from inti_kernels.cli._kept import kept_for_backward  # noqa: E402
+from inti_kernels.models import compress  # noqa: E402
+from inti_kernels.models.cost import count_macs  # noqa: E402
 
 # Frame i of the synthetic clip is grey of this brightness, with a white square that moves.
 FRAMES = 40
@@ -46,7 +48,7 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> nn.Module:
-    return _clip.build_clip("vit_tiny", seed=3).requires_grad_(False)
+    return _clip.build_tower("vit_tiny", seed=3).requires_grad_(False)
 
 
 def tiny_video(batch: int = 1, frames: int = 4) -> Tensor:
@@ -105,15 +107,26 @@ class TestVideo:
         with pytest.raises(ModuleNotFoundError, match="absent_dependency"):
             _video.require("broken_module")
 
-    @pytest.mark.parametrize(("height", "width"), [(30, 90), (91, 31), (24, 24)])
-    def test_crop_takes_the_centre(self, height: int, width: int) -> None:
+    @pytest.mark.parametrize(
+        ("height", "width", "size", "taken"),
+        [
+            (30, 90, (24, 24), (30, 30)),
+            (91, 31, (24, 24), (31, 31)),
+            (24, 24, (24, 24), (24, 24)),
+            (60, 60, (24, 48), (30, 60)),
+            (40, 90, (32, 16), (40, 20)),
+        ],
+    )
+    def test_crop_takes_the_centre(
+        self, height: int, width: int, size: tuple[int, int], taken: tuple[int, int]
+    ) -> None:
         pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8)
-        short = min(height, width)
-        top, left = (height - short) // 2, (width - short) // 2
-        pixels[:, top : top + short, left : left + short] = 200
-        cropped = _video.crop(pixels, 24)
-        assert cropped.shape == (2, 3, 24, 24)
-        torch.testing.assert_close(cropped[..., 2:-2, 2:-2], torch.full((2, 3, 20, 20), 200 / 255))
+        top, left = (height - taken[0]) // 2, (width - taken[1]) // 2
+        pixels[:, top : top + taken[0], left : left + taken[1]] = 200
+        cropped = _video.crop(pixels, size)
+        assert cropped.shape == (2, 3, *size)
+        inside = cropped[..., 2:-2, 2:-2]
+        torch.testing.assert_close(inside, torch.full_like(inside, 200 / 255))
 
     def test_normalise(self) -> None:
         mean = torch.tensor(_video.CLIP_MEAN).view(3, 1, 1).expand(3, 2, 2)
@@ -125,11 +138,11 @@ class TestTower:
     def test_naive_is_the_mean_of_transformers_image_embeddings(self, tiny: nn.Module) -> None:
         video = tiny_video(batch=2)
         want = tiny(video.flatten(0, 1)).image_embeds.unflatten(0, (2, 4)).mean(1)
-        torch.testing.assert_close(_clip.VideoTower(tiny)(video), want)
+        torch.testing.assert_close(compress(tiny, 4, method="naive")(video), want)
 
     def test_running_in_two_parts_is_running_at_once(self, tiny: nn.Module) -> None:
         torch.manual_seed(0)
-        tower = _clip.VideoTower(tiny, {1: InTI(32, 4, (4, 4)), 3: InTI(32, 2, (4, 4))})
+        tower = compress(tiny, 4, (1, 3))
         whole = tower(tiny_video())
         tokens = tower.embed(tiny_video())
         for middle in (1, 2, 3):
@@ -142,7 +155,7 @@ class TestTower:
     def test_weights_are_the_seeds(self) -> None:
         torch.manual_seed(0)
         before = torch.get_rng_state()
-        first, same, other = (_clip.build_clip("vit_tiny", seed=seed).state_dict() for seed in (1, 1, 2))
+        first, same, other = (_clip.build_tower("vit_tiny", seed=seed).state_dict() for seed in (1, 1, 2))
         assert all(torch.equal(first[key], same[key]) for key in first)
         assert not torch.equal(first["visual_projection.weight"], other["visual_projection.weight"])
         assert torch.equal(before, torch.get_rng_state())
@@ -161,25 +174,26 @@ class TestTower:
             save_file(state, path)
         else:
             torch.save({"state_dict": state} if kind == "nested" else state, path)
-        loaded = _clip.build_clip("vit_tiny", path, seed=9).state_dict()
+        loaded = _clip.build_tower("vit_tiny", path, seed=9).state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in tiny.state_dict().items())
 
     def test_checkpoints_that_do_not_fit(self, tiny: nn.Module, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no such checkpoint"):
-            _clip.build_clip("vit_tiny", tmp_path / "absent")
+            _clip.build_tower("vit_tiny", tmp_path / "absent")
         with pytest.raises(ValueError, match="no checkpoint that transformers can read"):
-            _clip.build_clip("vit_tiny", tmp_path)
+            _clip.build_tower("vit_tiny", tmp_path)
         state = tiny.state_dict()
         state.pop("visual_projection.weight")
         state["vision_model.post_layernorm.bias"] = torch.zeros(31)
         torch.save(state, tmp_path / "clip.pt")
         with pytest.raises(
-            ValueError, match=r"1 of \d+ tensors are missing \(first: visual_proj.*1 have another shape"
+            ValueError,
+            match=r"of vit_tiny.*1 of \d+ tensors are missing, 1 have another shape \(visual_proj.*layernorm.bias",
         ):
-            _clip.build_clip("vit_tiny", tmp_path / "clip.pt")
+            _clip.build_tower("vit_tiny", tmp_path / "clip.pt")
         torch.save([1, 2], tmp_path / "list.pt")
         with pytest.raises(ValueError, match="state dict of tensors, got list"):
-            _clip.build_clip("vit_tiny", tmp_path / "list.pt")
+            _clip.build_tower("vit_tiny", tmp_path / "list.pt")
 
 
 class TestMeasure:
@@ -194,20 +208,16 @@ class TestMeasure:
     )
     def test_multiply_accumulates(self, name: str, after: tuple[int, ...], gmacs: float) -> None:
         """The figures that follow from the paper's equations; counted on tensors without data."""
-        size = _clip.MODELS[name]
-        grid = (size.image // size.patch,) * 2
         with torch.device("meta"):
-            clip = _clip.build_clip(name)
-            modules = {block: InTI(size.dim, 16 >> level, grid) for level, block in enumerate(after)}
-        video = torch.empty(1, 16, 3, size.image, size.image, device="meta")
-        assert _measure.count_macs(_clip.VideoTower(clip, modules), video) / 1e9 == pytest.approx(gmacs, abs=0.05)
+            tower = compress(_clip.build_tower(name), 16, after)
+            video = torch.empty(1, 16, 3, *tower.adapter.image)
+        assert count_macs(tower, video) / 1e9 == pytest.approx(gmacs, abs=0.05)
 
     def test_fused_and_reference_count_the_same(self, tiny: nn.Module) -> None:
-        reference = _clip.VideoTower(tiny, {1: InTI(32, 4, (4, 4))})
-        fused = _clip.VideoTower(tiny, {1: InTI(32, 4, (4, 4))})
+        reference, fused = (compress(tiny, 4, (1,), "inti_reference") for _ in range(2))
         fuse(fused)
-        assert isinstance(fused.compressions["1"], FusedInTI)
-        counts = [_measure.count_macs(tower, tiny_video()) for tower in (reference, fused)]
+        assert isinstance(fused.insertions["1"], FusedInTI)
+        counts = [count_macs(tower, tiny_video()) for tower in (reference, fused)]
         assert counts[0] == counts[1] > 0
 
     def test_attention_is_counted(self) -> None:
@@ -215,7 +225,7 @@ class TestMeasure:
             def forward(self, query: Tensor) -> Tensor:
                 return torch.nn.functional.scaled_dot_product_attention(query, query, query)
 
-        assert _measure.count_macs(Attention(), torch.randn(2, 3, 5, 8)) == 2 * (2 * 3 * 5 * 5 * 8)
+        assert count_macs(Attention(), torch.randn(2, 3, 5, 8)) == 2 * (2 * 3 * 5 * 5 * 8)
 
     def test_kept_bytes_are_distinct_storages_without_parameters(self) -> None:
         class Square(nn.Module):
@@ -250,7 +260,7 @@ class TestPicture:
     def test_aggregate_of_equal_frames_is_the_frame(self) -> None:
         maps = torch.rand(4, 6).softmax(0)
         picture = torch.rand(3, 32, 32)
-        pixels = _picture.upsample(maps, (3, 2), 32)
+        pixels = _picture.upsample(maps, (3, 2), (32, 32))
         (output,) = _picture.aggregate(picture.expand(4, -1, -1, -1), pixels, 4)
         torch.testing.assert_close(output, picture)
 
@@ -258,11 +268,11 @@ class TestPicture:
     def test_any_number_of_compressions_can_be_drawn(self, tmp_path: Path, levels: int) -> None:
         weights = [torch.full((16 >> level + 1, 5, 2), 0.5) for level in range(levels)]
         path = tmp_path / "picture.png"
-        arguments = {"grid": (2, 2), "prefix": 1, "indices": range(16), "losses": [1.0, 0.5], "title": "t", "note": "n"}
-        _picture.draw(path, torch.rand(16, 3, 16, 16), weights, **arguments)
+        maps = _picture.maps_of(torch.rand(16, 3, 16, 16), range(16), weights, (2, 2), 1)
+        _picture.draw(path, maps, title="t", note="n", losses=[1.0, 0.5])
         assert path.read_bytes()[:4] == b"\x89PNG"
         with pytest.raises(FileExistsError):
-            _picture.draw(path, torch.rand(16, 3, 16, 16), weights, **arguments)
+            _picture.draw(path, maps, title="t", note="n")
 
 
 def run_demo(clip_file: Path, out: Path, *more: str) -> int:

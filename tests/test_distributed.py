@@ -1,4 +1,5 @@
-"""FusedInTI trained by two processes, under DDP and FSDP2: the same step as one process with both clips takes."""
+"""FusedInTI, and a compressed tower, trained by two processes, under DDP and FSDP2: the same step as one process with
+both clips takes."""
 
 from __future__ import annotations
 
@@ -10,32 +11,54 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import towers
 from torch import Tensor, nn
 
-from inti_kernels import FusedInTI, backends
-from inti_kernels.testing import module_case
+from inti_kernels import FusedInTI, backends, compress
+from inti_kernels.testing import module_case, randomize
 
 RANKS = 2
+# The module alone, and in a tower of each library.
+SUBJECTS = ("module", "open_clip", "openai_clip", "clip", "timm")
 SECONDS = 120
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
 
-def build() -> tuple[FusedInTI, Tensor]:
-    """The same module in every process, and a clip a rank.
+def build(subject: str) -> tuple[nn.Module, Tensor]:
+    """The same model in every process, and a clip a rank.
 
-    Of its parameters σ [1] leaves rank 1 with nothing, and token.linear's [3, 6] and [3] don't divide by two.
+    Of the module's parameters σ [1] leaves rank 1 with nothing, and token.linear's [3, 6] and [3] don't divide by two.
     """
-    inti, x = module_case(dim=6, frames=4, grid=(2, 3), batch=RANKS, dtype=torch.float64)
-    return FusedInTI.from_reference(inti, backend="cpu"), x
+    if subject == "module":
+        inti, x = module_case(dim=6, frames=4, grid=(2, 3), batch=RANKS, dtype=torch.float64)
+        return FusedInTI.from_reference(inti, backend="cpu"), x
+    clips = towers.pictures(subject, 4 * RANKS).unflatten(0, (RANKS, 4)).double()
+    temporal = {"temporal": "uniformer_v2", "uniformer_v2": {"global_blocks": 2, "dropout": 0.0}}
+    model = compress(towers.build(subject).double(), 4, (1, 3), inti={"backend": "cpu"}, num_classes=3, **temporal)
+    for part in (model.insertions, model.temporal, model.classifier):
+        randomize(part)
+    return model.train(), clips
+
+
+def shard(model: nn.Module) -> None:
+    """FSDP2, as its users do it: block by block, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def step(model: nn.Module, clips: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """One training step: the gradient and the updated value of every parameter, whole."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    z, weights = model(clips, return_weights=True)
-    (z.square().mean() + weights.sin().square().mean()).backward()
+    output, weights = model(clips, return_weights=True)
+    weights = weights if isinstance(weights, list) else [weights]
+    (output.square().mean() + sum(w.sin().square().mean() for w in weights)).backward()
     optimizer.step()
-    return {name: (_whole(p.grad), _whole(p.detach())) for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: (_whole(p.grad), _whole(p.detach())) for name, p in trained.items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -43,22 +66,24 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def work(rank: int, folder: str, strategy: str) -> None:
-    """What a process does; leaves its results in the folder."""
+    """What a process does: every subject's step; leaves the results in the folder."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
-    module, x = build()
-    if strategy == "ddp":
-        module = nn.parallel.DistributedDataParallel(module)
-    else:
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(module, mesh=dist.init_device_mesh("cpu", (RANKS,)))
-        assert isinstance(module, FusedInTI)
-        assert module.position_scale.to_local().numel() == 1 - rank
-    results = step(module, x[rank : rank + 1])
-    assert ("inti_backward", "cpu") in backends.executed
-    torch.save({name.removeprefix("module."): both for name, both in results.items()}, f"{folder}/{rank}.pt")
+    for subject in SUBJECTS:
+        model, x = build(subject)
+        if strategy == "ddp":
+            model = nn.parallel.DistributedDataParallel(model)
+        else:
+            shard(model)
+            if subject == "module":
+                assert isinstance(model, FusedInTI)
+                assert model.position_scale.to_local().numel() == 1 - rank
+        backends.executed.clear()
+        results = step(model, x[rank : rank + 1])
+        assert ("inti_backward", "cpu") in backends.executed, subject
+        whole = {name.removeprefix("module."): both for name, both in results.items()}
+        torch.save(whole, f"{folder}/{subject}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -75,10 +100,11 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path, strategy: str) -> No
         for process in processes.processes:
             if process.is_alive():
                 process.kill()
-    expected = step(*build())
-    for rank in range(RANKS):
-        actual = torch.load(tmp_path / f"{rank}.pt")
-        assert list(actual) == list(expected)
-        for name, (gradient, value) in expected.items():
-            assert gradient.any(), name
-            torch.testing.assert_close(actual[name], (gradient, value), rtol=1e-10, atol=1e-12, msg=name)
+    for subject in SUBJECTS:
+        expected = step(*build(subject))
+        for rank in range(RANKS):
+            actual = torch.load(tmp_path / f"{subject}-{rank}.pt")
+            assert list(actual) == list(expected), subject
+            for name, (gradient, value) in expected.items():
+                assert gradient.any(), (subject, name)
+                torch.testing.assert_close(actual[name], (gradient, value), rtol=1e-10, atol=1e-12, msg=name)

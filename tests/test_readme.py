@@ -13,14 +13,19 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def run(example: str) -> list[str]:
     done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_the_examples_run() -> None:
+    of_module, of_tower = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second = run(of_module)
     assert first == "['1']"
     assert second.startswith("torch.Size([2, 4, 17, 2])")
     assert float(re.search(r"tensor\(([\d.]+)", second).group(1)) > 0
+    assert run(of_tower) == ["torch.Size([1, 400])"]
 
 
 def test_every_exported_name_is_documented() -> None:

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace inti::INTI_ISA {
 namespace {
@@ -16,6 +19,15 @@ void parallel_for(int64_t count, int threads, const Task& task) {
   (void)threads;
 #endif
   for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+// Of the thread that a task runs in: what it works in may depend on that, what it writes may not.
+static inline int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 }  // namespace

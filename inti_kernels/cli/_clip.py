@@ -1,20 +1,27 @@
-"""The demo's backbone: a CLIP vision tower run frame by frame, with modules put between its blocks."""
+"""Vision towers by name, for the commands: CLIPs of published sizes, and what the installed libraries have."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import difflib
+import json
+import pickle
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._video import require
+from ..models import compress
+from ._video import CLIP_MEAN, CLIP_STD, require
 
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a CLIP vision tower, and the blocks after which the paper's InTI_{5,7} stands in it."""
+    """Sizes of a CLIP vision tower."""
 
     dim: int
     blocks: int
@@ -22,27 +29,72 @@ class Model:
     patch: int
     image: int
     projection: int
-    after: tuple[int, ...]
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """Blocks after which InTI stands where nobody says otherwise."""
+        return default_after(self.blocks)
 
 
 MODELS = {
-    "vit_b_32": Model(768, 12, 12, 32, 224, 512, (5, 7)),
-    "vit_b_16": Model(768, 12, 12, 16, 224, 512, (5, 7)),
-    # The paper counts in steps of two blocks on ViT-L: its InTI_{5,7} stands after blocks 10 and 14.
-    "vit_l_14": Model(1024, 24, 16, 14, 224, 768, (10, 14)),
+    "vit_b_32": Model(768, 12, 12, 32, 224, 512),
+    "vit_b_16": Model(768, 12, 12, 16, 224, 512),
+    "vit_l_14": Model(1024, 24, 16, 14, 224, 768),
     # Not a published size: small enough for a test of the whole demo.
-    "vit_tiny": Model(32, 4, 2, 16, 64, 16, (1, 2)),
+    "vit_tiny": Model(32, 4, 2, 16, 64, 16),
 }
 
 
-def build_clip(name: str, weights: Path | None = None, seed: int = 0) -> nn.Module:
-    """A `transformers` CLIPVisionModelWithProjection of the named size, in eval mode.
+def default_after(blocks: int) -> tuple[int, ...]:
+    """Where the paper's InTI_{5,7}, of a tower of 12 blocks, stands in one of ``blocks``.
 
-    weights: None for random weights drawn from `seed`; a directory as `save_pretrained` writes it (a whole CLIP or its
-    vision part); or a state dict file (.safetensors, or anything `torch.load` reads with weights_only). Nothing is
-    ever downloaded.
-    Raises RuntimeError without transformers, ValueError when the checkpoint isn't there or doesn't fit the size.
+    On the 24 of ViT-L the paper counts in steps of two blocks: (10, 14).
     """
+    return 5 * blocks // 12, 7 * blocks // 12
+
+
+def tower_name(text: str) -> str:
+    """Checks a tower's name as far as that goes without its library: the type of an argparse option."""
+    library, _, name = text.partition("/")
+    if text in MODELS or (library in _BUILDERS and name):
+        return text
+    raise argparse.ArgumentTypeError(f"no tower {text!r}; there are {NAMES}")
+
+
+def block_numbers(text: str) -> tuple[int, ...]:
+    """Block numbers with commas between them: the type of an argparse option."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected block numbers such as 5,7, got {text!r}") from None
+
+
+def build_tower(name: str, weights: Path | None = None, seed: int = 0) -> nn.Module:
+    """A vision tower by its name, in eval mode; nothing is ever downloaded.
+
+    Args:
+        name: one of ``MODELS``, a `transformers` CLIPVisionModelWithProjection of that size; "open_clip/NAME" or
+            "timm/NAME", an architecture of that library (timm's without its classifier); "transformers/DIR", what the
+            config.json in a directory describes (of a whole CLIP its vision tower, with projection).
+        weights: None for random weights drawn from ``seed``; a directory as transformers' ``save_pretrained`` writes
+            it; or a state dict file (.safetensors, or anything ``torch.load`` reads with weights_only), of the tower or
+            of a model that holds it.
+
+    Raises:
+        RuntimeError: the library isn't installed.
+        ValueError: no such tower; the checkpoint isn't there or doesn't fit it.
+    """
+    library, _, of_library = name.partition("/")
+    # The global generator is left as it was found.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower = _clip(name) if name in MODELS else _BUILDERS[library](of_library)
+    if weights is not None:
+        _load(tower, weights, name)
+    return tower.eval()
+
+
+def _clip(name: str) -> nn.Module:
     transformers = require("transformers")
     size = MODELS[name]
     config = transformers.CLIPVisionConfig(
@@ -55,118 +107,108 @@ def build_clip(name: str, weights: Path | None = None, seed: int = 0) -> nn.Modu
         patch_size=size.patch,
         attn_implementation="sdpa",
     )
-    # The global generator is left as it was found.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        clip = transformers.CLIPVisionModelWithProjection(config)
-    if weights is not None:
-        _load(clip, weights, name)
-    return clip.eval()
+    return transformers.CLIPVisionModelWithProjection(config)
 
 
-def _load(clip: nn.Module, weights: Path, name: str) -> None:
+def _of_open_clip(name: str) -> nn.Module:
+    open_clip = require("open_clip", "models")
+    _check_known("open_clip", name, open_clip.list_models())
+    config = open_clip.get_model_config(name)
+    vision = config["vision_cfg"] | {"timm_model_pretrained": False}
+    # The text tower isn't needed: the smallest there can be, and none whose config is fetched from a hub.
+    text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+    return open_clip.CLIP(config["embed_dim"], vision, text, config.get("quick_gelu", False)).visual
+
+
+def _of_timm(name: str) -> nn.Module:
+    timm = require("timm", "models")
+    _check_known("timm", name.partition(".")[0], timm.list_models())
+    return timm.create_model(name, pretrained=False, num_classes=0)
+
+
+def _of_transformers(directory: str) -> nn.Module:
+    transformers = require("transformers", "models")
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(
+            f"no config.json in {directory}; transformers/DIR takes a directory that save_pretrained wrote"
+        )
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    vision = getattr(config, "vision_config", config)
+    if hasattr(config, "projection_dim"):
+        vision.projection_dim = config.projection_dim
+    if (config.architectures or [""])[0] in ("CLIPModel", "CLIPVisionModelWithProjection"):
+        return transformers.CLIPVisionModelWithProjection(vision)
+    return transformers.AutoModel.from_config(vision)
+
+
+_BUILDERS: dict[str, Callable[[str], nn.Module]] = {
+    "open_clip": _of_open_clip,
+    "timm": _of_timm,
+    "transformers": _of_transformers,
+}
+NAMES = ", ".join(MODELS) + ", open_clip/NAME, timm/NAME, transformers/DIR"
+
+
+def _check_known(library: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=5) or sorted(known)[:5]
+        raise ValueError(f"{library} has no model {name!r}; among its {len(known)} are {', '.join(near)}")
+
+
+def pixel_statistics(name: str, tower: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the pixels that a tower is trained on; CLIP's where its library doesn't say."""
+    library, _, of_library = name.partition("/")
+    stated: list[Any] = []
+    if library == "open_clip":
+        # Not every checkpoint of an architecture has the same: what most have.
+        open_clip = require("open_clip", "models")
+        tags = open_clip.list_pretrained_tags_by_model(of_library)
+        configs = (open_clip.get_pretrained_cfg(of_library, tag) for tag in tags)
+        stated = [(config["mean"], config["std"]) for config in configs if config.get("mean")]
+    elif library == "timm":
+        stated = [(tower.pretrained_cfg["mean"], tower.pretrained_cfg["std"])]
+    elif library == "transformers" and (file := Path(of_library) / "preprocessor_config.json").is_file():
+        config = json.loads(file.read_text())
+        stated = [(tuple(config["image_mean"]), tuple(config["image_std"]))]
+    return statistics.mode(stated) if stated else (CLIP_MEAN, CLIP_STD)
+
+
+def _load(tower: nn.Module, weights: Path, name: str) -> None:
     if weights.is_dir():
-        transformers = require("transformers")
+        if not hasattr(tower, "from_pretrained"):
+            raise ValueError(f"{weights} is a directory, which only towers of transformers load; {name} takes a file")
         try:
-            loaded = transformers.CLIPVisionModelWithProjection.from_pretrained(str(weights), local_files_only=True)
+            loaded = type(tower).from_pretrained(str(weights), local_files_only=True)
         except OSError as error:
             raise ValueError(f"{weights} holds no checkpoint that transformers can read: {error}") from error
         state = loaded.state_dict()
-    elif weights.is_file():
-        state = _read_state(weights)
     else:
-        raise ValueError(f"no such checkpoint: {weights}; --weights takes a local directory or file")
-    own = clip.state_dict()
-    # A state dict of a whole CLIP has the text tower too, and older ones the position buffer.
-    state = {key: value for key, value in state.items() if key in own}
-    missing = sorted(own.keys() - state.keys())
-    wrong = [key for key, value in state.items() if value.shape != own[key].shape]
-    if missing or wrong:
-        raise ValueError(
-            f"{weights} doesn't fit {name}: {len(missing)} of {len(own)} tensors are missing"
-            + (f" (first: {missing[0]})" if missing else "")
-            + f", {len(wrong)} have another shape"
-            + (f" (first: {wrong[0]})" if wrong else "")
-            + "; expected transformers' CLIP of that size, --model chooses another"
-        )
-    clip.load_state_dict(state)
+        state = read_checkpoint(weights)
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+        if not is_state_dict(state):
+            raise ValueError(f"{weights} must hold a state dict of tensors, got {type(state).__name__}")
+    try:
+        compress(tower, method="naive").load_backbone(state)
+    except ValueError as error:
+        raise ValueError(f"{weights} isn't of {name}: {error}; --model chooses another tower") from error
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> Any:
+    """What a local file holds (.safetensors, or whatever torch.load takes with weights_only), on the CPU.
+
+    Raises ValueError when the file isn't there or is something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"no such checkpoint: {path}")
     if path.suffix == ".safetensors":
         return require("safetensors.torch").load_file(str(path))
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} must hold a state dict of tensors, got {type(state).__name__}")
-    return state
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{path} can't be read by torch.load with weights_only=True: {first}") from error
 
 
-class VideoTower(nn.Module):
-    """A CLIP vision tower on the frames of a clip, compressed in time between its blocks.
-
-    clip: CLIPVisionModelWithProjection. compressions: block number, counted from 1, to the module that stands after it
-    and maps [B, T, N, C] to [B, T', N, C]. With none this is the paper's Naive adaptation: all blocks on all frames,
-    the final class tokens averaged.
-    """
-
-    def __init__(self, clip: nn.Module, compressions: Mapping[int, nn.Module] | None = None) -> None:
-        super().__init__()
-        self.clip = clip
-        self.compressions = nn.ModuleDict({str(after): module for after, module in (compressions or {}).items()})
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.clip.vision_model.encoder.layers
-
-    def embed(self, video: Tensor) -> Tensor:
-        """Patch embedding, class token, positions, the LayerNorm before the blocks: [B, T, 3, H, W] → [B, T, N, C]."""
-        vision = self.clip.vision_model
-        batch, frames = video.shape[:2]
-        tokens = vision.pre_layrnorm(vision.embeddings(video.flatten(0, 1)))
-        return tokens.unflatten(0, (batch, frames))
-
-    def run(
-        self, tokens: Tensor, start: int = 0, stop: int | None = None, weights: list[Tensor] | None = None
-    ) -> Tensor:
-        """Blocks start+1 … stop with what stands after each of them but `stop` itself; None: to the end, all of it.
-
-        tokens: [B, T, N, C], after block `start` and, when start > 0, before what stands there.
-        weights: a list to which each compression's weights [B, T/2, N, 2] are appended.
-        """
-        end = len(self.blocks) if stop is None else stop
-        for number in range(start, end + 1):
-            if number > start:
-                tokens = self._block(number, tokens)
-            if number != stop and str(number) in self.compressions:
-                tokens = self._compress(number, tokens, weights)
-        return tokens
-
-    def _compress(self, number: int, tokens: Tensor, weights: list[Tensor] | None) -> Tensor:
-        module = self.compressions[str(number)]
-        if weights is None:
-            return module(tokens)
-        tokens, pair_weights = module(tokens, return_weights=True)
-        weights.append(pair_weights)
-        return tokens
-
-    def _block(self, number: int, tokens: Tensor) -> Tensor:
-        batch, frames = tokens.shape[:2]
-        x = tokens.flatten(0, 1)
-        # By its parts: the signature of CLIPEncoderLayer.forward changed between transformers 4 and 5, theirs didn't.
-        block = self.blocks[number - 1]
-        x = x + block.self_attn(block.layer_norm1(x))[0]
-        x = x + block.mlp(block.layer_norm2(x))
-        return x.unflatten(0, (batch, frames))
-
-    def frame_embeddings(self, tokens: Tensor) -> Tensor:
-        """The embedding of each frame: final tokens [B, T, N, C] → [B, T, projection]."""
-        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(tokens[:, :, 0]))
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """The clip's embedding, the mean over its frames: final tokens [B, T, N, C] → [B, projection]."""
-        return self.frame_embeddings(tokens).mean(1)
-
-    def forward(self, video: Tensor) -> Tensor:
-        """video: [B, T, 3, H, W], normalised → the clip's embedding [B, projection]."""
-        return self.pool(self.run(self.embed(video)))
+def is_state_dict(value: Any) -> bool:
+    """Whether it is a dict of tensors."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(one, Tensor) for one in value.values())

@@ -10,6 +10,8 @@ from typing import Any
 # By contender, in the order in which the bars stand.
 COLOURS = {"eager": "#888888", "compile": "#e09f3e", "fused": "#2a6f97", "recompute": "#61a5c2", "floor": "#9b2226"}
 COLOURS |= {"Naive": "#444444", "InTI": COLOURS["eager"], "FusedInTI": COLOURS["fused"], "mean": COLOURS["floor"]}
+COLOURS |= {"LinearPooling": "#ee9b00", "ConvPooling": "#ca6702", "ToMe": "#7b2cbf", "STA": "#c77dff"}
+COLOURS |= {"InTI^temp": COLOURS["recompute"]}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`bench --op model`: a whole CLIP vision tower on one clip, its frames halved twice in several ways, ÷ Naive."""
+"""`bench --op model`: a whole CLIP vision tower on one clip, compressed in every way there is, ÷ Naive."""
 
 from __future__ import annotations
 
@@ -6,27 +6,33 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import FusedInTI, InTI, testing
+from .. import FusedInTI, testing
 from ..benchmarks import Sizes, load
-from . import _clip, _contest, _measure, _video
+from ..models import CompressedViT, compress
+from ..models.cost import by_formula, count_macs, total
+from . import _clip, _contest, _plot, _video
 from ._stopwatch import EAGER, MODEL, Task, measure
 from ._stopwatch import FUSED as FUSED_MODULE
-from ._tables import print_table
+from ._tables import kibibytes, print_table
 from ._timing import Contender, autograd_contender, by_mode, quantiles
 
 FRAMES = 16
-# Naive runs all blocks on all frames; the others halve the frames after the model's blocks ``after``. "mean" replaces
-# a pair by its average, which costs next to nothing: what is above it is the price of interpolation.
-NAIVE, INTI, FUSED, MEAN = "Naive", "InTI", "FusedInTI", "mean"
-WAYS = (NAIVE, INTI, FUSED, MEAN)
+# Naive runs all blocks on all frames. "mean" replaces a pair by its average, which costs next to nothing: what is above
+# it is the price of the others that halve frames, all after the model's blocks ``after``. ToMe and STA, which take
+# tokens out of frames instead, are set to cost as much as InTI.
+NAIVE, MEAN, LINEAR, CONV = "Naive", "mean", "LinearPooling", "ConvPooling"
+TOME, STA, INTI, FUSED, TEMPORAL = "ToMe", "STA", "InTI", "FusedInTI", "InTI^temp"
+WAYS = (NAIVE, MEAN, LINEAR, CONV, TOME, STA, INTI, FUSED, TEMPORAL)
+OURS = (FUSED, TEMPORAL)
 INFERENCE, TRAINING = "inference", "training step"
 MODES = (INFERENCE, TRAINING)
-# A round of ViT-B/16 takes a minute where it takes long, and one is enough to have every page.
+# A round of ViT-B/16 takes minutes where it takes long, and one is enough to have every page.
 WARM_UP = 1
 REPEATS = 5
 # Of the matrix products by which the length of a run is foretold: [tokens of a clip, 768] · [768, 4·768].
@@ -36,7 +42,7 @@ PRODUCT = (FRAMES * 197, 768, 4 * 768)
 class PairMean(nn.Module):
     """The plain average of each pair of frames: [B, T, N, C] → [B, T/2, N, C]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return (x[:, 0::2] + x[:, 1::2]) / 2
 
 
@@ -62,19 +68,37 @@ def compressed_sizes(model: str) -> list[Sizes]:
     return [Sizes(size.dim, FRAMES >> level, grid) for level in range(len(size.after))]
 
 
-def _towers(model: str, backend: str | None, device: torch.device) -> dict[str, _clip.VideoTower]:
-    """By way; random weights, which all share."""
-    clip, after = _clip.build_clip(model), _clip.MODELS[model].after
-    inti = [InTI(sizes.dim, sizes.frames, sizes.grid) for sizes in compressed_sizes(model)]
-    for number, module in enumerate(inti):
+def _towers(model: str, backend: str | None, device: torch.device) -> dict[str, CompressedViT]:
+    """By way; random weights, which all share but InTI^temp, which freezes the tower's head."""
+    clip, after = _clip.build_tower(model), _clip.MODELS[model].after
+    towers = {INTI: compress(clip, FRAMES, after, "inti_reference")}
+    inti, adapter = towers[INTI].insertions, towers[INTI].adapter
+    for number, module in enumerate(inti.values()):
         testing.randomize(module, seed=number)
-    compressions = {
-        INTI: inti,
-        FUSED: [FusedInTI.from_reference(module, backend=backend) for module in inti],
-        MEAN: [PairMean() for _ in inti],
+
+    def halving(make: Callable[[nn.Module], nn.Module]) -> CompressedViT:
+        return CompressedViT(adapter, FRAMES, {int(block): make(module) for block, module in inti.items()})
+
+    budget = total(by_formula(towers[INTI])).macs / 1e9
+    own = {"backend": backend}
+    towers |= {
+        NAIVE: compress(clip, FRAMES, method="naive"),
+        MEAN: halving(lambda _: PairMean()),
+        LINEAR: compress(clip, FRAMES, after, "linear_pooling"),
+        CONV: compress(clip, FRAMES, after, "conv_pooling"),
+        TOME: compress(clip, FRAMES, method="tome", gflops=budget),
+        STA: compress(clip, FRAMES, method="sta", gflops=budget),
+        FUSED: halving(lambda module: FusedInTI.from_reference(module, backend=backend)),
+        TEMPORAL: compress(_clip.build_tower(model), FRAMES, after, "inti", "uniformer_v2", inti=own, uniformer_v2=own),
     }
-    modules = {NAIVE: {}} | {way: dict(zip(after, each, strict=True)) for way, each in compressions.items()}
-    return {way: _clip.VideoTower(clip, modules[way]).to(device) for way in WAYS}
+    towers[TEMPORAL].insertions.load_state_dict(inti.state_dict())
+    return {way: towers[way].to(device) for way in WAYS}
+
+
+def _setting(tower: CompressedViT) -> str:
+    """What was found for the budget."""
+    own = tower.settings[tower.settings["method"]] if tower.reduction is not None else {}
+    return ", ".join(f"{name} = {value}" for name, value in own.items())
 
 
 def _video_of(model: str, device: torch.device) -> Tensor:
@@ -92,12 +116,14 @@ def contenders(task: Task, device: torch.device) -> dict[str, Contender]:
     found = {}
     for way, tower in _towers(model, task.backend, device).items():
 
-        def forward(tower: _clip.VideoTower = tower) -> Tensor:
+        def forward(tower: CompressedViT = tower) -> Tensor:
             with _autocast(dtype, device):
                 return tower(video)
 
         found[f"{way}, {INFERENCE}"] = Contender(torch.no_grad()(forward), lambda _: None)
-        found[f"{way}, {TRAINING}"] = autograd_contender(forward, list(tower.parameters()))
+        found[f"{way}, {TRAINING}"] = autograd_contender(
+            forward, [parameter for parameter in tower.parameters() if parameter.requires_grad]
+        )
     return {name: found[name] for name in task.contenders}
 
 
@@ -113,15 +139,18 @@ def ticks(task: Task) -> int:
     return len(task.contenders) * (task.warm_up + task.repeats) + 2 * len(compressed_sizes(task.sizes["model"]))
 
 
-def foretell(task: Task, device: torch.device) -> tuple[dict[str, int], float]:
-    """Multiply-accumulates of an inference by way, and the seconds that the products of the whole run take at least.
+def foretell(task: Task, device: torch.device) -> tuple[dict[str, dict[str, Any]], float]:
+    """By way ``macs`` of an inference, parameters and the setting, and the seconds that the products of the whole run
+    take at least.
 
     A training step is three inferences. The products' speed is that of one product of the tower's MLP.
     """
     model = task.sizes["model"]
     meta = torch.device("meta")
-    video = _video_of(model, meta)
-    macs = {way: _measure.count_macs(tower, video) for way, tower in _towers(model, "reference", meta).items()}
+    video, found = _video_of(model, meta), {}
+    for way, tower in _towers(model, task.backend, meta).items():
+        macs, parameters = count_macs(tower, video), sum(parameter.numel() for parameter in tower.parameters())
+        found[way] = {"macs": macs, "parameters": parameters, "setting": _setting(tower)}
     dtype = getattr(torch, task.dtype)
     rows, inner, columns = PRODUCT
     a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
@@ -131,22 +160,25 @@ def foretell(task: Task, device: torch.device) -> tuple[dict[str, int], float]:
         float(torch.mm(a, b)[0, 0])  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     rate = rows * inner * columns / min(seconds)
-    return macs, 4 * sum(macs.values()) * (task.warm_up + task.repeats) / rate
+    macs = sum(facts["macs"] for facts in found.values())
+    return found, 4 * macs * (task.warm_up + task.repeats) / rate
 
 
-def contest(task: Task, macs: dict[str, int], *, kept_heap: bool, tick: Callable[[str], None]) -> list[dict[str, Any]]:
+def contest(
+    task: Task, facts: dict[str, dict[str, Any]], *, kept_heap: bool, tick: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Verifies FusedInTI on tokens of every compression's size, and times all ways.
 
     Args:
         task: of `task`.
-        macs: of `foretell`.
+        facts: of `foretell`.
         kept_heap, tick: as in `_contest.contest`.
 
     Returns:
         Rows of plain data, for every way and mode; figures of time are None where nothing was timed.
     """
     fused = _verified(task, tick)
-    contenders = tuple(n for n in task.contenders if fused.status == "ok" or not n.startswith(FUSED))
+    contenders = tuple(name for name in task.contenders if fused.status == "ok" or not name.startswith(OURS))
     timed = Task(**{**vars(task), "contenders": contenders})
     measured = measure(timed, lambda name: tick(f"{MODEL}: {name}"), kept_heap)
     rows = []
@@ -155,14 +187,15 @@ def contest(task: Task, macs: dict[str, int], *, kept_heap: bool, tick: Callable
         found = {way: quantiles(by_mode(own)["forward+backward"]) for way, own in steps.items()}
         for way in WAYS:
             row: dict[str, Any] = {"op": MODEL, "mode": mode, "contender": way, "model": task.sizes["model"]}
-            row |= {"executed": "torch", "status": "ok", "note": "", "macs": macs[way]}
-            row |= dict.fromkeys(("ms_20", "ms_50", "ms_80", "over_naive", "rounds", "page_faults"))
-            if way == FUSED:
+            row |= {"executed": "torch", "status": "ok", "note": "", **facts[way]}
+            row |= dict.fromkeys(("ms_20", "ms_50", "ms_80", "over_naive", "rounds", "page_faults", "peak_bytes"))
+            if way in OURS:
                 row |= {"executed": fused.executed, "status": fused.status, "note": fused.note}
             if way in found:
                 row |= zip(("ms_20", "ms_50", "ms_80"), (1e3 * q for q in found[way]), strict=True)
                 row |= {"over_naive": found[way][1] / found[NAIVE][1], "rounds": len(steps[way])}
                 row |= {"page_faults": statistics.median_low(step.page_faults for step in steps[way])}
+                row |= {"peak_bytes": measured[f"{way}, {mode}"].peak_bytes}
             rows.append(row)
     return rows
 
@@ -184,7 +217,8 @@ def _verified(task: Task, tick: Callable[[str], None]) -> _contest.Entry:
 
 def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     """Prints the table."""
-    columns = ("mode", "way", "GMAC", "ms 20 %", "50 %", "80 %", "÷ Naive", "GMAC ÷ Naive", "faults", "status")
+    columns = ("mode", "way", "GMAC", "ms 20 %", "50 %", "80 %", "÷ Naive", "GMAC ÷ Naive", "peak", "faults")
+    columns += ("setting", "status")
     cells = []
     for row in rows:
         mode = row["mode"] if row["contender"] == NAIVE else ""
@@ -193,7 +227,20 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
         ratio = "" if row["over_naive"] is None else format(row["over_naive"], ".3f")
         faults = "" if row["page_faults"] is None else str(row["page_faults"])
         operations = (f"{row['macs'] / 1e9:.1f}", f"{row['macs'] / rows[0]['macs']:.3f}")
-        cells.append([mode, name, operations[0], *times, ratio, operations[1], faults, row["status"]])
-    print_table(title, columns, cells, right=columns[2:-1], fold=("status",))
+        memory = (kibibytes(row["peak_bytes"]), faults)
+        cells.append([mode, name, operations[0], *times, ratio, operations[1], *memory, row["setting"], row["status"]])
+    print_table(title, columns, cells, right=columns[2:-2], fold=("status",))
     for note in sorted({f"{row['contender']}, {row['status']}: {row['note']}" for row in rows if row["note"]}):
         print(note)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws latency against GFLOPs (multiply-accumulates ×1e9), a panel a mode; rows without a time are left out."""
+    with _plot.saved(path, title, panels=len(MODES)) as axes:
+        for axis, mode in zip(axes, MODES, strict=True):
+            for row in (row for row in rows if row["mode"] == mode and row["ms_50"] is not None):
+                x, below, above = row["macs"] / 1e9, row["ms_50"] - row["ms_20"], row["ms_80"] - row["ms_50"]
+                style = {"color": _plot.COLOURS[row["contender"]], "label": row["contender"], "capsize": 2}
+                axis.errorbar(x, row["ms_50"], ([below], [above]), fmt="o", **style)
+            axis.set(title=mode, xlabel="GFLOPs of a clip", xlim=(0, None), ylim=(0, None))
+        axes[-1].legend(fontsize=7, frameon=False, loc="lower left")

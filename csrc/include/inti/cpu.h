@@ -7,6 +7,7 @@
 #include "inti/depthwise_conv3d.h"
 #include "inti/interpolation_head.h"
 #include "inti/pair_interpolate.h"
+#include "inti/product.h"
 #include "inti/token_blocks.h"
 #include "inti/token_features.h"
 
@@ -24,6 +25,7 @@ struct CpuKernels {
   void (*interpolation_head_forward)(const InterpolationHeadForward&);
   void (*interpolation_head_backward)(const InterpolationHeadBackward&);
   void (*partial_sums)(const PartialSums&);
+  void (*product)(const Product&);
 };
 
 // Built and supported by this processor, slowest first.

@@ -1,4 +1,4 @@
-"""Matrix products on the CPU, by the fastest of PyTorch's own for the dtype and the processor."""
+"""Matrix products on the CPU, by the fastest for the dtype and the processor: PyTorch's, or the compiled module's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .. import native
+from .._memory import empty
+from ._call import call
 
-def _mkl_is_slow() -> bool:
-    """MKL, which torch.mm calls in float32, makes no use of AVX-512 on AMD's processors; oneDNN, which convolutions
-    call, does. Measured on an EPYC (Zen 5) at [1576, 1536]·[1536, 768], two threads: 391 GFLOP/s instead of 186
-    forward, 395 instead of 182 and 326 instead of 180 in the two products of the backward."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
+
+def _is_amd() -> bool:
     try:
         with open("/proc/cpuinfo") as file:
             return "AuthenticAMD" in file.read(512)
@@ -21,7 +20,16 @@ def _mkl_is_slow() -> bool:
         return False
 
 
+def _mkl_is_slow() -> bool:
+    """MKL, which torch.mm calls in float32, makes no use of AVX-512 on AMD's processors; oneDNN, which convolutions
+    call, does. Measured on an EPYC (Zen 5) at [1576, 1536]·[1536, 768], two threads: 391 GFLOP/s instead of 186
+    forward, 395 instead of 182 and 326 instead of 180 in the two products of the backward."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_amd()
+
+
 BY_ONEDNN = _mkl_is_slow()
+# MKL's way to share a product out over the threads leaves some of them idle there.
+BY_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
 
 
 @lru_cache
@@ -53,6 +61,9 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """
     if _by_onednn(a):
         return _as_convolution(a, b)
+    if _by_kernel(a):
+        multiply(a, b, out, accumulate=False)
+        return out
     return torch.mm(a, b, out=out)
 
 
@@ -60,6 +71,8 @@ def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     """to += a·b, of the shapes of :func:`product`."""
     if _by_onednn(a):
         to += _as_convolution(a, b)
+    elif _by_kernel(a):
+        multiply(a, b, to, accumulate=True)
     else:
         to.addmm_(a, b)
 
@@ -68,9 +81,12 @@ def add_product_over_rows(to: Tensor, a: Tensor, b: Tensor, first: bool) -> None
     """to += aᵀ·b, or = with ``first``: a weight's gradient.
 
     Args:
-        to: [m, n], any strides; of a and b's dtype, or float32 for 16-bit ones.
+        to: [m, n], rows contiguous; of a and b's dtype, or float32 for 16-bit ones.
         a, b: [rows, m] and [rows, n], rows contiguous.
     """
+    if _by_kernel(a):
+        multiply(a.t(), b, to, accumulate=not first)
+        return
     if to.dtype == a.dtype and not _by_onednn(a):
         to.addmm_(a.t(), b, beta=0 if first else 1)
         return
@@ -79,6 +95,34 @@ def add_product_over_rows(to: Tensor, a: Tensor, b: Tensor, first: bool) -> None
         to.copy_(term)
     else:
         to += term
+
+
+def multiply(a: Tensor, b: Tensor, to: Tensor, *, accumulate: bool) -> None:
+    """to = a·b, or to += a·b, by the compiled module: the same bits at any number of threads.
+
+    Args:
+        a: [rows, k], float32, any strides; no size is 0.
+        b: [k, n], float32, any strides.
+        to: [rows, n], float32, rows contiguous.
+    """
+    (rows, depth), columns, threads = a.shape, b.shape[1], torch.get_num_threads()
+    call(
+        "product",
+        shape=(rows, columns, depth),
+        a=a,
+        a_strides=a.stride(),
+        b=b,
+        b_strides=b.stride(),
+        c=to,
+        c_pitch=to.stride(0),
+        accumulate=accumulate,
+        workspace=empty((native.load().product_workspace(columns, depth, threads),), a),
+    )
+
+
+def _by_kernel(a: Tensor) -> bool:
+    """INTI_CPU may have forced an instruction set by which it is slow."""
+    return BY_KERNEL and a.dtype == torch.float32 and bool(a.numel()) and native.cpu_isa() == "avx2"
 
 
 def _by_onednn(a: Tensor) -> bool:

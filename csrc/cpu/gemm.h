@@ -1,0 +1,169 @@
+// Matrix products in float32. Both operands are packed, so that the innermost loop reads them along one line each while
+// a tile of the result stays in registers. What is done to the rows before and to the result after is the caller's: it
+// happens in the first caches, and no pass over memory of its own.
+#pragma once
+
+#include "inti/product.h"
+#include "rows.h"
+
+namespace inti::INTI_ISA {
+namespace {
+
+// The sums of a tile, a vector of columns for each of kTileVectors and what that is multiplied by fill the registers:
+// 32 with AVX-512, 16 else (and without FMA a product needs one of its own).
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * kLanes<float>;
+static_assert(kTileRows <= kTileRowsAtMost && kColumnsOfTiles % kTileColumns == 0, "fits the workspace");
+
+// Terms that are added up in one go; sums of sums lose less than one long sum. Of all cuts the only one that the bits
+// of a result depend on.
+constexpr int64_t kTerms = 400;
+
+INTI_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INTI_INLINE int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// tile [kTileRows, kTileColumns] = or += a [terms, kTileRows]ᵀ · b [terms, kTileColumns].
+static __attribute__((noinline)) void multiply_terms(const float* a, const float* b, int64_t terms, bool add,
+                                                     float* tile) {
+  Vec<float> sums[kTileRows][kTileVectors] = {};
+  for (int64_t k = 0; k < terms; ++k, a += kTileRows, b += kTileColumns) {
+    Vec<float> row[kTileVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) row[v] = load(b + v * kLanes<float>);
+#pragma GCC unroll 14
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) sums[i][v] += a[i] * row[v];
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* to = tile + i * kTileColumns + v * kLanes<float>;
+      store(to, add ? load(to) + sums[i][v] : sums[i][v]);
+    }
+}
+
+INTI_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, float* tile) {
+  const int64_t terms = parts_of(depth, parts_of(depth, kTerms));
+  for (int64_t k = 0; k < depth; k += terms)
+    multiply_terms(a + k * kTileRows, b + k * kTileColumns, least(terms, depth - k), k > 0, tile);
+}
+
+// --- Packing ---------------------------------------------------------------------------------------------------------
+
+typedef float Quad __attribute__((vector_size(16)));
+
+INTI_INLINE Quad load_quad(const float* p) {
+  Quad v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// The first two numbers of each, in turns; and the last two.
+#if defined(__clang__)
+INTI_INLINE Quad low_halves(Quad a, Quad b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+INTI_INLINE Quad high_halves(Quad a, Quad b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#else
+typedef int32_t Places __attribute__((vector_size(16)));
+INTI_INLINE Quad low_halves(Quad a, Quad b) { return __builtin_shuffle(a, b, Places{0, 4, 1, 5}); }
+INTI_INLINE Quad high_halves(Quad a, Quad b) { return __builtin_shuffle(a, b, Places{2, 6, 3, 7}); }
+#endif
+
+// Four numbers each of four lines, `line` apart: number k of all four goes to to + k · width.
+INTI_INLINE void transpose_four(const float* from, int64_t line, float* to, int width) {
+  const Quad a = load_quad(from), b = load_quad(from + line), c = load_quad(from + 2 * line),
+             d = load_quad(from + 3 * line);
+  const Quad ac0 = low_halves(a, c), bd0 = low_halves(b, d), ac1 = high_halves(a, c), bd1 = high_halves(b, d);
+  const Quad columns[4] = {low_halves(ac0, bd0), high_halves(ac0, bd0), low_halves(ac1, bd1), high_halves(ac1, bd1)};
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) __builtin_memcpy(to + k * width, &columns[k], sizeof(Quad));
+}
+
+// Likewise of two lines.
+INTI_INLINE void transpose_two(const float* from, int64_t line, float* to, int width) {
+  const Quad a = load_quad(from), b = load_quad(from + line);
+  const Quad columns[2] = {low_halves(a, b), high_halves(a, b)};
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k)
+    __builtin_memcpy(to + k * width, reinterpret_cast<const float*>(columns) + 2 * k, 2 * sizeof(float));
+}
+
+// Lines of numbers, `line` apart from line to line and `along` within one.
+struct Lines {
+  const float* data;
+  int64_t line, along, count, depth;
+};
+
+// `Width` lines from `first` on, as [depth, Width]; zeros for lines that are missing.
+template <int Width>
+INTI_INLINE void pack_panel(const Lines& from, int64_t first, float* to) {
+  const float* data = from.data + first * from.line;
+  const bool whole = first + Width <= from.count;
+  int64_t k = 0;
+  if (whole && from.line == 1) {
+    for (; k < from.depth; ++k) __builtin_memcpy(to + k * Width, data + k * from.along, sizeof(float) * Width);
+  } else if (whole && from.along == 1) {
+    for (; k + 4 <= from.depth; k += 4) {
+      int i = 0;
+#pragma GCC unroll 8
+      for (; i + 4 <= Width; i += 4) transpose_four(data + i * from.line + k, from.line, to + k * Width + i, Width);
+      if constexpr (Width % 4 == 2) transpose_two(data + i * from.line + k, from.line, to + k * Width + i, Width);
+    }
+  }
+  for (; k < from.depth; ++k)
+    for (int i = 0; i < Width; ++i)
+      to[k * Width + i] = first + i < from.count ? data[k * from.along + i * from.line] : 0;
+}
+
+// --- The product -----------------------------------------------------------------------------------------------------
+
+struct GemmShape {
+  int64_t rows, columns, depth;
+  int threads;
+};
+
+// Multiplies rows by a matrix whose columns are the lines of b.
+//   pack(row, to, scratch): writes kTileRows rows as pack_panel does; scratch has kTileRows · depth numbers
+//   finish(row, column, sums, load, store): takes a vector of the result; load and store are for_each_vector's
+//   end(first, last): all of these rows' columns have been finished, in order and in one thread
+template <class Pack, class Finish, class End>
+INTI_INLINE void gemm(const Lines& b, int64_t rows, int threads, float* workspace, const Pack& pack,
+                      const Finish& finish, const End& end) {
+  const int64_t depth = b.depth, columns = parts_of(b.count, kTileColumns) * kTileColumns;
+  parallel_for(columns / kTileColumns, threads, [&](int64_t panel) {
+    pack_panel<kTileColumns>(b, panel * kTileColumns, workspace + panel * kTileColumns * depth);
+  });
+  const int64_t tiles = parts_of(rows, kTileRows), most = kPackedNumbers / (kTileRows * depth + 1) + 1;
+  // As many blocks for every thread.
+  const int64_t blocks = least(tiles, parts_of(parts_of(tiles, most), threads) * threads);
+  float* const own = workspace + columns * depth;
+  parallel_for(blocks, threads, [&](int64_t block) {
+    float* const scratch = own + thread_number() * gemm_block(depth);
+    float* const packed = scratch + kTileRows * depth;
+    const int64_t first = tiles * block / blocks * kTileRows;
+    const int64_t last = least(tiles * (block + 1) / blocks * kTileRows, rows);
+    for (int64_t row = first; row < last; row += kTileRows) pack(row, packed + (row - first) * depth, scratch);
+    for (int64_t column = 0; column < columns; column += kTileColumns)
+      for (int64_t row = first; row < last; row += kTileRows) {
+        alignas(64) float tile[kTileRows][kTileColumns];
+        multiply_tile(packed + (row - first) * depth, workspace + column * depth, depth, tile[0]);
+        for (int64_t i = 0; i < least(kTileRows, last - row); ++i)
+          for_each_vector<float>(least(kTileColumns, b.count - column),
+                                 [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+                                   finish(row + i, column + c, inti::INTI_ISA::load(&tile[i][c]), load, store);
+                                 });
+      }
+    end(first, last);
+  });
+}
+
+}  // namespace
+}  // namespace inti::INTI_ISA

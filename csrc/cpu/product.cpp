@@ -1,0 +1,25 @@
+// Plain matrix products.
+#include "inti/product.h"
+
+#include "gemm.h"
+
+namespace inti::INTI_ISA {
+
+void product(const Product& p) {
+  for (int64_t k = 0; k < p.depth; k += kProductDepth) {
+    const bool add = p.accumulate || k > 0;
+    const int64_t depth = least(kProductDepth, p.depth - k);
+    const Lines a{p.a + k * p.a_strides[1], p.a_strides[0], p.a_strides[1], p.rows, depth};
+    const Lines b{p.b + k * p.b_strides[0], p.b_strides[1], p.b_strides[0], p.columns, depth};
+    gemm(
+        b, p.rows, p.threads, p.workspace,
+        [&](int64_t row, float* to, float*) __attribute__((always_inline)) { pack_panel<kTileRows>(a, row, to); },
+        [&](int64_t row, int64_t column, const Vec<float>& sums, auto load, auto store) __attribute__((always_inline)) {
+          float* to = p.c + row * p.c_pitch + column;
+          store(to, add ? load(to) + sums : sums);
+        },
+        [](int64_t, int64_t) {});
+  }
+}
+
+}  // namespace inti::INTI_ISA

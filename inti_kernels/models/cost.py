@@ -1,0 +1,326 @@
+"""What a compressed model costs: multiply-accumulates of one clip and parameters, counted by running it and by formula,
+and the setting of a method that a budget allows.
+
+The convention is fvcore's, and of the papers that print "GFLOPs": matrix products, convolutions (every tap at every
+output, on the padding too) and attention's two products; element-wise work isn't counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reference import InTI
+from .adapters import Adapter
+from .methods import METHODS, TokenReduction
+from .methods.pooling import ConvPooling, LinearPooling, insertion_choices
+from .temporal import TEMPORAL, STAdapter, TemporalModules, UniFormerV2
+
+PARTS = ("embed", "blocks", "compression", "temporal", "head")
+
+
+def count_macs(model: nn.Module, *inputs: Tensor) -> int:
+    """Multiply-accumulates in a forward of a model, counted by running it under torch's FlopCounterMode.
+
+    Nothing is computed: for the count, parameters and inputs are tensors without data, on which attention is two plain
+    products, and this package's ops are what they stand for (whatever their backend, which may be unable to run here).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..ops import _flops  # noqa: F401  (registers the ops with the counter)
+
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, shapes, tuple(tensor.to("meta") for tensor in inputs))
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a compressed model; without those of the tower's head where temporal modules stand in for it."""
+    unused = set(model.adapter.head_parameters()) if model.replaces_head else set()
+    return sum(parameter.numel() for parameter in model.parameters() if parameter not in unused)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of one clip, and parameters."""
+
+    macs: int = 0
+    parameters: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.macs + other.macs, self.parameters + other.parameters)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.macs * times, self.parameters * times)
+
+
+def linear(rows: int, inputs: int, outputs: int, bias: bool = True) -> Work:
+    """A Linear on so many rows."""
+    return Work(rows * inputs * outputs, (inputs + bias) * outputs)
+
+
+def depthwise(outputs: int, dim: int, taps: int) -> Work:
+    """A depthwise convolution with bias, at so many places."""
+    return Work(outputs * dim * taps, dim * (taps + 1))
+
+
+def norm(dim: int) -> Work:
+    """A LayerNorm or BatchNorm, with weight and bias."""
+    return Work(0, 2 * dim)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The sizes of a vision tower that its cost follows from.
+
+    Args:
+        dim: C.
+        blocks: L.
+        patch, image: (height, width) in pixels.
+        features: D of the head, a projection without bias of one token a frame; 0 without one.
+        prefix: tokens before the patches.
+        hidden: width of the MLP's hidden layer; None for 4·C.
+        width: of an attention head.
+        macs_of_head: of one frame, where the head is more than that projection.
+    """
+
+    dim: int
+    blocks: int
+    patch: tuple[int, int]
+    image: tuple[int, int]
+    features: int
+    prefix: int = 1
+    hidden: int | None = None
+    width: int = 64
+    macs_of_head: int | None = None
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Tower:
+        """Of a real tower: of its blocks by the sizes of their matrices, whatever their MLP is made of; its head is run
+        on tokens without data."""
+        dim, block = adapter.dim, adapter.blocks[0]
+        of_block, of_head = (
+            sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
+            for parameters in (block.parameters(), adapter.head_parameters())
+        )
+        width = dim
+        if adapter.other_form is None:  # else nothing can stand inside the blocks that would ask for it
+            with torch.no_grad():
+                token = next(block.parameters()).new_zeros(1, 1, dim)
+                width = adapter.parts(block).qkv(token)[0].shape[-1]
+        sizes = (dim, len(adapter.blocks), adapter.patch, adapter.image, of_head // dim, adapter.prefix)
+        tower = cls(*sizes, (of_block - 4 * dim**2) // (2 * dim), width)
+        return replace(tower, macs_of_head=count_macs(_Head(adapter), torch.empty(1, tower.tokens, dim, device="meta")))
+
+    @property
+    def tokens(self) -> int:
+        """N of a frame."""
+        return self.prefix + self.image[0] // self.patch[0] * (self.image[1] // self.patch[1])
+
+    def embed(self, frames: int) -> Work:
+        """Patches, class token and positions, and the LayerNorm before the blocks."""
+        patches, area = self.tokens - self.prefix, self.patch[0] * self.patch[1]
+        positions = Work(0, (self.prefix + self.tokens) * self.dim)
+        return linear(frames * patches, 3 * area, self.dim, bias=False) + positions + norm(self.dim)
+
+    def block(self, frames: int, tokens: int, tokens_of_mlp: int) -> Work:
+        """One block, whose attention and MLP see so many tokens of each frame."""
+        hidden = 4 * self.dim if self.hidden is None else self.hidden
+        attention = linear(frames * tokens, self.dim, self.dim) * 4 + Work(frames * 2 * tokens**2 * self.dim)
+        rows = frames * tokens_of_mlp
+        return norm(self.dim) * 2 + attention + linear(rows, self.dim, hidden) + linear(rows, hidden, self.dim)
+
+    def head(self, frames: int) -> Work:
+        """The LayerNorm behind the blocks and the projection."""
+        projection = linear(frames, self.dim, self.features, bias=False)
+        macs = projection.macs if self.macs_of_head is None else frames * self.macs_of_head
+        return norm(self.dim) + Work(macs, projection.parameters)
+
+
+class _Head(nn.Module):
+    """A tower's head as a module of its own: [F, N, C] → [F, D]."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.model, self.adapter = adapter.model, adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter.head(x)
+
+
+def formula(
+    tower: Tower,
+    frames: int,
+    insertions: Mapping[int, nn.Module] | None = None,
+    reduction: TokenReduction | None = None,
+    temporal: TemporalModules | None = None,
+    classifier: tuple[int, int] | None = None,
+) -> dict[str, Work]:
+    """The cost of a compressed model by formula: what :func:`count_macs` and :func:`count_parameters` find.
+
+    Args:
+        tower: its multiply-accumulates are those of any tower of these sizes, its parameters those of a CLIP.
+        frames: T of a clip.
+        insertions: block number, counted from 1, → what stands behind it and halves the frames.
+        reduction: what takes tokens out of frames inside the blocks.
+        temporal: the temporal modules.
+        classifier: (features, classes) of the classifier, if there is one.
+
+    Returns:
+        By part (PARTS), of one clip; a classifier is of the head.
+    """
+    insertions, count = insertions or {}, tower.tokens
+    by_block = [(count, count)] * tower.blocks if reduction is None else reduction.tokens(count, tower.blocks)
+    cost = dict.fromkeys(PARTS, Work()) | {"embed": tower.embed(frames)}
+    if reduction is not None:
+        cost["compression"] = Work(reduction.macs(frames, count, tower.blocks, tower.width))
+    if temporal is not None:
+        cost["temporal"] = Work(temporal.head_macs(), temporal_parameters(temporal))
+    for number, tokens in enumerate(by_block, 1):
+        cost["blocks"] += tower.block(frames, *tokens)
+        if temporal is not None:
+            cost["temporal"] += Work(temporal.macs(number, frames, count))
+        if number in insertions:
+            cost["compression"] += insertion(insertions[number], frames, count)
+            frames //= 2
+    if temporal is None or not temporal.replaces_head:
+        cost["head"] = tower.head(frames)
+    if classifier is not None:
+        cost["head"] += linear(1, *classifier)
+    return cost
+
+
+def by_formula(model: nn.Module) -> dict[str, Work]:
+    """:func:`formula` of a :class:`~inti_kernels.models.CompressedViT`, at its tower's own resolution."""
+    insertions = {int(number): module for number, module in model.insertions.items()}
+    linear = model.classifier
+    classifier = None if linear is None else (linear.in_features, linear.out_features)
+    return formula(Tower.of(model.adapter), model.frames, insertions, model.reduction, model.temporal, classifier)
+
+
+def total(cost: Mapping[str, Work]) -> Work:
+    """All parts."""
+    return sum(cost.values(), Work())
+
+
+def insertion(module: nn.Module, frames: int, tokens: int) -> Work:
+    """What stands between two blocks and gets ``frames`` frames of ``tokens`` tokens."""
+    if isinstance(module, InTI):
+        return inti(module, frames, tokens)
+    if isinstance(module, LinearPooling):
+        return Work(module.macs(frames, tokens), 2)
+    if isinstance(module, ConvPooling):
+        return Work(module.macs(frames, tokens), sum(p.numel() for p in module.parameters()))
+    raise TypeError(f"no formula for the cost of {type(module).__name__}; there is one for InTI and the poolings")
+
+
+def inti(module: InTI, frames: int, tokens: int) -> Work:
+    """An InTI with any context, fusion and head (Eq. 7 to 13)."""
+    dim, hidden, context = module.dim, module.hidden, module.context
+    pairs, attention = frames // 2, module.head_type == "attention"
+    work = Work(0, module.frames * dim + 1) + norm(dim) + linear(frames * tokens, dim, dim // 2)
+    if "cube" in context:
+        work += depthwise(pairs * (tokens - module.prefix), dim, 27)
+    if "frame" in context:
+        work += norm(dim) + linear(frames, dim, dim // 2) + norm(dim) + linear(pairs, dim, dim)
+    if "global" in context:
+        for steps in (frames, -(-frames // 2), -(-frames // 4)):
+            work += depthwise(steps, dim, 3)
+    width = {"separate": dim * bool(context), "add": 0, "cat": dim * len(context)}[module.fusion]
+    rows = pairs * tokens
+    if attention:  # once a frame of the pair, and one query for all
+        twice = 2 * rows
+        return work + linear(twice, dim // 2 + width, hidden) + Work(twice * hidden, hidden)
+    return work + linear(rows, dim + width, hidden) + linear(rows, hidden, 2)
+
+
+def temporal_parameters(modules: TemporalModules) -> int:
+    """How many parameters UniFormerV2's modules, or ST-Adapters, have."""
+    dim, blocks = modules.dim, modules.blocks
+    if isinstance(modules, STAdapter):
+        return blocks * _bottleneck(dim, modules.width)
+    if not isinstance(modules, UniFormerV2):
+        raise TypeError(f"no formula for the parameters of {type(modules).__name__}")
+    local = {False: 0, True: 1, "double": 2}[modules.local] * blocks
+    count = local * (norm(dim).parameters + _bottleneck(dim, int(dim / 1.5)))
+    if modules.replaces_head:
+        of_mlp = modules.global_blocks[0].mlp[0].out_features
+        one = depthwise(0, dim, 27) + linear(0, dim, dim) * 4 + norm(dim) * 3
+        one += linear(0, dim, of_mlp) + linear(0, of_mlp, dim)
+        # The global token, its balance with the class tokens, and the LayerNorm of both.
+        count += len(modules.global_blocks) * one.parameters + 2 * dim + norm(dim).parameters
+    return count
+
+
+def _bottleneck(dim: int, width: int) -> int:
+    return (linear(0, dim, width) + depthwise(0, width, 3) + linear(0, width, dim)).parameters
+
+
+def setting_for(
+    adapter: Adapter,
+    gflops: float,
+    method: str,
+    options: Mapping[str, Any],
+    frames: int,
+    temporal: str | None = None,
+    temporal_options: Mapping[str, Any] | None = None,
+    classes: int | None = None,
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The costliest setting of a method whose multiply-accumulates of one clip are within a budget, by formula.
+
+    Args:
+        adapter: of the tower.
+        gflops: the budget in units of 1e9.
+        method, options, frames, temporal, temporal_options, classes: as :func:`inti_kernels.compress` has them; the
+            method's ``choices`` are the settings to choose from.
+
+    Returns:
+        ``after`` (empty for methods that halve no frames) and the method's options, the setting among them.
+
+    Raises:
+        ValueError: even the cheapest setting is above the budget, or the tower has too few blocks for any.
+        TypeError: the options hold what the budget is to set.
+    """
+    tower, kind = Tower.of(adapter), METHODS.get(method)
+    by_setting = _choices(kind, tower)
+    if taken := sorted({name for choice in by_setting for name in choice} & set(options)):
+        raise TypeError(f"gflops= sets {', '.join(taken)} of {method}: give one or the other")
+    sizes = {"grid": adapter.grid(*adapter.image), "prefix": adapter.prefix}
+    costs = []
+    with torch.device("meta"):  # sizes are all that is asked of them
+        modules = None
+        if temporal is not None:
+            modules = TEMPORAL[temporal](adapter.dim, tower.blocks, **sizes, **(temporal_options or {}))
+        replaced = modules is not None and modules.replaces_head
+        features = adapter.dim if replaced else adapter.out_features
+        classifier = None if classes is None else (features, classes)
+        for choice in by_setting:
+            after, own = choice.get("after", ()), options | {k: v for k, v in choice.items() if k != "after"}
+            insertions = {
+                number: kind(adapter.dim, frames >> level, **sizes, **own) for level, number in enumerate(after)
+            }
+            reduction = kind(adapter, **own) if kind is not None and not after else None
+            cost = formula(tower, frames, insertions, reduction, modules, classifier)
+            costs.append((total(cost).macs, after, own))
+    if not costs:
+        raise ValueError(f"a tower of {tower.blocks} blocks has no place for two {method}: leave out gflops=")
+    within = [cost for cost in costs if cost[0] <= gflops * 1e9]
+    if not within:
+        least = min(macs for macs, _, _ in costs) / 1e9
+        raise ValueError(f"gflops={gflops:g} can't be reached by {method} in this tower: the least is {least:.1f}")
+    _, after, own = max(within, key=lambda cost: cost[0])
+    return after, own
+
+
+def _choices(kind: type[nn.Module] | None, tower: Tower) -> list[dict[str, Any]]:
+    """The settings of a method; Naive (None) has one."""
+    if kind is None:
+        return [{}]
+    return getattr(kind, "choices", insertion_choices)(tower.blocks, tower.tokens, tower.prefix)

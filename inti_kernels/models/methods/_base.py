@@ -1,0 +1,87 @@
+"""What the methods of compression have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters import Adapter
+
+
+class TokenReduction(nn.Module):
+    """A method that takes tokens out of frames, inside the blocks, and leaves the number of frames as it is.
+
+    No parameters, and no state but what :meth:`start` makes and :meth:`block` hands on (tuples of tensors), so that a
+    block may run again in the backward (gradient checkpointing).
+
+    Args:
+        adapter: of the tower, for the number of its blocks and prefix tokens and its kind of head; not kept.
+    """
+
+    prefix: int
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.prefix = adapter.prefix
+
+    @staticmethod
+    def choices(blocks: int, tokens: int, prefix: int) -> list[dict[str, Any]]:
+        """Settings for a budget of cost: arguments of the class, from the costliest to the cheapest.
+
+        Args:
+            blocks: of the tower.
+            tokens: N, those of a frame.
+            prefix: tokens before the patches.
+        """
+        raise NotImplementedError
+
+    def start(self, x: Tensor, frames: int) -> Any:
+        """The state before the first block, from its tokens x [B·T, N, C]."""
+        raise NotImplementedError
+
+    def block(
+        self, adapter: Adapter, block: nn.Module, number: int, x: Tensor, frames: int, state: Any
+    ) -> tuple[Tensor, Any]:
+        """One block of the tower, with this method in it.
+
+        Args:
+            adapter: of the tower.
+            block: the tower's block number ``number``, counted from 1.
+            x: [B·T, N, C].
+            frames: T.
+            state: what :meth:`start` or the block before gave.
+
+        Returns:
+            The tokens [B·T, N', C] with N' ≤ N, the prefix tokens still first, and the new state.
+        """
+        raise NotImplementedError
+
+    def restore(self, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
+        """The tokens back at the places that they had before the first block: what needs the grid of patches reads
+        this.
+
+        Returns:
+            Tokens [B·T, N, C] (where several were merged, each place has the merged one; where one was dropped, zeros)
+            and, if any were dropped, which places still have one: bool [B·T, N].
+        """
+        raise NotImplementedError
+
+    def tokens(self, count: int, blocks: int) -> list[tuple[int, int]]:
+        """Tokens a frame that the queries and keys of each block's attention, and its MLP, see: for costs by formula.
+
+        Returns:
+            One (attention, mlp) pair a block.
+        """
+        raise NotImplementedError
+
+    def macs(self, frames: int, count: int, blocks: int, width: int) -> int:
+        """Multiply-accumulates of this method's own products for one clip, beside the blocks' own.
+
+        Args:
+            frames: T.
+            count: tokens a frame before the first block.
+            blocks: of the tower.
+            width: of a head, C/heads.
+        """
+        raise NotImplementedError

@@ -1,0 +1,111 @@
+"""What temporal modules in a vision tower have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ... import backends
+from ...reference import functional
+
+
+class TemporalModules(nn.Module):
+    """Modules that let the frames of a clip see each other, put in and beside the blocks of a tower.
+
+    A compressed model calls, for every block (numbered from 1): :meth:`before_attention`, the block,
+    in whose middle :meth:`before_mlp` if :meth:`splits` says so, then :meth:`after_block`. ``frames`` is the number of
+    frames at that block: compression halves it.
+
+    Args:
+        dim: width C of the tokens.
+        blocks: how many the tower has.
+        grid: (H, W), the patches of a frame that the tower was built for; every call says its own.
+        prefix: tokens before the patches.
+        backend: "auto", "reference", "cpu", "triton" or "cuda" for the depthwise convolutions; None takes the choice in
+            force at each call, see :func:`inti_kernels.use_backend`.
+
+    Raises:
+        ValueError, TypeError: sizes below 1 or that aren't whole numbers, an unknown backend.
+    """
+
+    # Whether `features` takes the place of the tower's own head.
+    replaces_head = False
+    # Whether something stands in the blocks, that is whether `before_attention` or `before_mlp` does anything.
+    stands_in_blocks = False
+
+    def __init__(
+        self, dim: int, blocks: int, grid: tuple[int, int], *, prefix: int = 1, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        check_at_least_1(dim=dim, blocks=blocks)
+        functional.check_grid(grid)
+        functional.check_prefix(prefix)
+        backends.requested(backend)
+        self.dim, self.blocks, self.grid, self.prefix, self.backend = dim, blocks, tuple(grid), prefix, backend
+
+    def start(self, batch: int) -> Any:
+        """What :meth:`after_block` hands on from block to block; None where nothing is."""
+        return None
+
+    def splits(self, number: int) -> bool:
+        """Whether something stands between attention and MLP of a block."""
+        return False
+
+    def before_attention(self, number: int, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
+        """x [B·T, N, C] → the tokens that the block gets."""
+        return x
+
+    def before_mlp(self, number: int, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
+        """x [B·T, N, C] behind the attention's residual → the tokens that norm2 and MLP get."""
+        return x
+
+    def after_block(
+        self, number: int, x: Tensor, frames: int, grid: tuple[int, int], present: Tensor | None, state: Any
+    ) -> Any:
+        """Reads the block's output x [B·T, N, C], before any compression behind it, and returns the new state.
+
+        ``present`` [B·T, N] (bool) says which places have a token, None if all have.
+        """
+        return state
+
+    def reads(self, number: int) -> bool:
+        """Whether :meth:`after_block` does anything at this block."""
+        return False
+
+    def features(self, x: Tensor, state: Any) -> Tensor:
+        """Where ``replaces_head``: the last block's tokens [B, T, N, C] and the state → [B, C]."""
+        raise NotImplementedError
+
+    def macs(self, number: int, frames: int, tokens: int | None = None) -> int:
+        """Multiply-accumulates of what stands in and behind a block, for one clip: linear layers, convolutions (every
+        tap at every output) and attention's two products.
+
+        Args:
+            number: of the block, from 1.
+            frames: T at that block.
+            tokens: N of a frame; None for prefix + H·W of ``grid``.
+        """
+        raise NotImplementedError
+
+    def head_macs(self) -> int:
+        """The same of :meth:`features`."""
+        return 0
+
+    def _patches(self, tokens: int | None) -> int:
+        return self.grid[0] * self.grid[1] if tokens is None else tokens - self.prefix
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, blocks={self.blocks}, grid={self.grid}, prefix={self.prefix}, backend={self.backend!r}"
+
+
+def check_at_least_1(**sizes: int) -> None:
+    """Sizes must be whole numbers from 1 on.
+
+    Raises:
+        TypeError, ValueError: one isn't.
+    """
+    functional.check_whole(**sizes)
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

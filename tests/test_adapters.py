@@ -1,0 +1,350 @@
+"""Adapters: what they run is the library's own forward, bit for bit, and what they say of a tower is so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import peft
+import pytest
+import timm
+import torch
+import towers
+import transformers
+from open_clip import modified_resnet, timm_model
+from timm.models import vision_transformer
+from torch import nn
+
+from inti_kernels.models.adapters import Adapter, _base, adapter_for, attend, register_adapter
+from inti_kernels.testing import FIXED_TOLERANCE, randomize
+
+WHOLE = [name for name, kind in towers.KINDS.items() if kind.whole]
+TAKEN_APART = [name for name in towers.KINDS if name not in WHOLE]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    """These towers are tiny: threads cost more than they give."""
+    torch.set_num_threads(1)
+
+
+def run_blocks(adapter, x):
+    for block in adapter.blocks:
+        x = adapter.run_block(block, x)
+    return x
+
+
+def close(got, wanted):
+    return (got - wanted).abs().max() <= FIXED_TOLERANCE[torch.float32] * wanted.abs().max()
+
+
+# Without gradients nn.MultiheadAttention takes another path.
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", towers.KINDS)
+def test_the_blocks_in_a_loop_are_the_librarys_forward(name, gradients):
+    tower, pictures = towers.build(name), towers.pictures(name)
+    adapter = adapter_for(tower)
+    with torch.set_grad_enabled(gradients):
+        features = adapter.head(run_blocks(adapter, adapter.embed(pictures)))
+        wanted = towers.features(name, tower, pictures)
+    assert features.shape == (len(pictures), towers.KINDS[name].out_features)
+    assert torch.equal(features, wanted)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", TAKEN_APART)
+def test_the_parts_make_the_whole_block(name, gradients):
+    adapter = adapter_for(towers.build(name))
+    with torch.set_grad_enabled(gradients):
+        x = adapter.embed(towers.pictures(name))
+        for block in adapter.blocks:
+            parts, whole = adapter.parts(block), adapter.run_block(block, x)
+            x = x + parts.branch1(parts.attention(parts.norm1(x)))
+            x = x + parts.branch2(parts.mlp(parts.norm2(x)))
+            assert torch.equal(x, whole)
+
+
+@pytest.mark.parametrize("name", TAKEN_APART)
+def test_attending_to_queries_keys_and_values_is_the_librarys_attention(name):
+    adapter = adapter_for(towers.build(name))
+    parts = adapter.parts(adapter.blocks[1])
+    with torch.no_grad():
+        x = parts.norm1(adapter.embed(towers.pictures(name)))
+        q, k, v = parts.qkv(x)
+        wanted = parts.attention(x)
+        assert q.shape == k.shape == v.shape == (len(x), towers.HEADS, x.shape[1], towers.DIM // towers.HEADS)
+        assert close(attend(parts, q, k, v), wanted)
+        mask = torch.zeros(len(x), 1, 1, x.shape[1])
+        assert close(attend(parts, q, k, v, mask), wanted)
+        mask[..., -1] = -torch.inf
+        fewer = attend(parts, q, k[:, :, :-1], v[:, :, :-1])
+        assert not close(fewer, wanted)
+        assert close(attend(parts, q, k, v, mask), fewer)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_other_blocks_run_but_are_not_taken_apart(name):
+    adapter = adapter_for(towers.build(name))
+    assert towers.KINDS[name].whole in adapter.other_form
+    with pytest.raises(ValueError, match=f"{towers.KINDS[name].whole} can't be taken apart"):
+        adapter.parts(adapter.blocks[0])
+
+
+@pytest.mark.parametrize("name", towers.KINDS)
+def test_facts(name):
+    kind = towers.KINDS[name]
+    adapter = adapter_for(towers.build(name), prefix=kind.prefix)
+    assert (adapter.dim, adapter.prefix, adapter.out_features) == (towers.DIM, kind.prefix, kind.out_features)
+    assert adapter.patch == (towers.PATCH, towers.PATCH)
+    assert (adapter.image, adapter.grid(*adapter.image)) == (kind.image, kind.grid)
+    assert adapter.pools_class_token is kind.pools_class_token
+    assert len(adapter.blocks) == towers.BLOCKS
+    tokens = adapter.embed(towers.pictures(name))
+    assert tokens.shape[1:] == (kind.prefix + kind.grid[0] * kind.grid[1], towers.DIM)
+    # Only the class token is read: the others may be anything.
+    others = torch.cat([tokens[:, :1], torch.randn_like(tokens[:, 1:])], 1)
+    assert torch.equal(adapter.head(tokens), adapter.head(others)) is kind.pools_class_token
+    with pytest.raises(ValueError, match=rf"has {kind.prefix} tokens before its patches, got prefix={kind.prefix + 1}"):
+        adapter_for(adapter.model, prefix=kind.prefix + 1)
+
+
+@pytest.mark.parametrize("name", ["timm-dynamic", "dinov2", "dinov2-registers"])
+def test_pictures_of_another_size(name):
+    adapter = adapter_for(towers.build(name))
+    # timm pads what doesn't divide.
+    height, width = (60, 24) if name == "timm-dynamic" else (56, 24)
+    pictures = torch.randn(2, 3, height, width)
+    assert adapter.grid(height, width) == (8 if height == 60 else 7, 3)
+    rows, columns = adapter.grid(height, width)
+    x = adapter.embed(pictures)
+    assert x.shape[1] == adapter.prefix + rows * columns
+    assert torch.equal(adapter.head(run_blocks(adapter, x)), towers.features(name, adapter.model, pictures))
+
+
+@pytest.mark.parametrize("name", towers.KINDS)
+def test_head_parameters_are_those_that_only_the_head_uses(name):
+    adapter = adapter_for(towers.build(name))
+    names = {parameter: name for name, parameter in adapter.model.named_parameters()}
+
+    def used(output):
+        gradients = torch.autograd.grad(output.sum(), list(names), retain_graph=True, allow_unused=True)
+        return {name for name, gradient in zip(names.values(), gradients, strict=True) if gradient is not None}
+
+    tokens = run_blocks(adapter, adapter.embed(towers.pictures(name)))
+    of_head = [names[parameter] for parameter in adapter.head_parameters()]
+    assert len(of_head) == len(set(of_head))
+    assert set(of_head) == used(adapter.head(tokens)) - used(tokens)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in towers.KINDS.items() if kind.checkpointing])
+def test_checkpointing_follows_the_librarys_switch(name):
+    tower = towers.build(name)
+    adapter = adapter_for(tower)
+    tokens = adapter.embed(towers.pictures(name)).detach().requires_grad_()
+    tower.train()
+    assert not adapter.checkpointing
+    towers.KINDS[name].checkpointing(tower, True)
+    assert adapter.checkpointing
+    runs = []
+    norm = next(module for module in adapter.blocks[0].modules() if "Norm" in type(module).__name__)
+    norm.register_forward_hook(lambda *_: runs.append(1))
+    adapter.run_block(adapter.blocks[0], tokens).sum().backward()
+    assert len(runs) == (2 if adapter.blocks_checkpoint_themselves else 1)
+    assert adapter.blocks_checkpoint_themselves is (adapter.library == "transformers")
+    towers.KINDS[name].checkpointing(tower, False)
+    assert not adapter.checkpointing
+
+
+def test_no_library_is_imported():
+    code = "import sys, inti_kernels.models; print(*{'open_clip', 'clip', 'timm', 'transformers'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+class Toy(nn.Module):
+    """A tower of no library."""
+
+
+class ToyAdapter(Adapter):
+    library = "toys"
+
+    @classmethod
+    def matches(cls, model):
+        return isinstance(model, Toy)
+
+
+def test_an_adapter_of_ones_own(monkeypatch):
+    monkeypatch.setattr(_base, "_ADAPTERS", list(_base._ADAPTERS))
+    message = r"no adapter for test_adapters.Toy; there are adapters .* of OpenAI CLIP, open_clip, timm, transformers\."
+    with pytest.raises(TypeError, match=message + ".*register_adapter"):
+        adapter_for(Toy())
+    assert register_adapter(ToyAdapter) is ToyAdapter
+    assert isinstance(adapter_for(Toy()), ToyAdapter)
+    later = type("Later", (ToyAdapter,), {})
+    register_adapter(later)
+    register_adapter(ToyAdapter)  # again: nothing changes
+    assert type(adapter_for(Toy())) is later
+    with pytest.raises(TypeError, match="takes a subclass of Adapter, got <class 'test_adapters.Toy'>"):
+        register_adapter(Toy)
+    with pytest.raises(TypeError, match=r"expected a vision tower \(an nn.Module\), got str"):
+        adapter_for("ViT-B-16")
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: timm.create_model("eva02_tiny_patch14_224"), "timm.models.eva.Eva"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer"),
+        (lambda: modified_resnet.ModifiedResNet((1, 1, 1, 1), 8, 2, 32, 8), "open_clip.modified_resnet.ModifiedResNet"),
+    ],
+    ids=["eva", "swin", "resnet"],
+)
+def test_other_towers_have_no_adapter(make, named):
+    with torch.device("meta"), pytest.raises(TypeError, match=f"no adapter for .*{named}"):
+        adapter_for(make())
+
+
+class OwnOpenCLIP(towers.transformer.VisionTransformer):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class OwnTimm(vision_transformer.VisionTransformer):
+    def forward_features(self, x):
+        return -super().forward_features(x)
+
+
+class OwnDINOv2(transformers.Dinov2Model):
+    def forward(self, pixel_values):
+        return -super().forward(pixel_values).pooler_output
+
+
+class OwnOpenAICLIP(towers.VisionTransformer):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def with_another_class(name, cls):
+    tower = towers.build(name)
+    tower.__class__ = cls
+    return tower
+
+
+def with_more(name, **attributes):
+    tower = towers.build(name)
+    for attribute, value in attributes.items():
+        setattr(tower, attribute, value)
+    return tower
+
+
+def of_another_attention():
+    tower = towers.openai_clip()
+    tower.transformer.resblocks[1].attn = nn.MultiheadAttention(towers.DIM, towers.HEADS, batch_first=True)
+    return tower
+
+
+REFUSED = {
+    "open_clip forward": (lambda: with_another_class("open_clip", OwnOpenCLIP), "OwnOpenCLIP replaces the forward"),
+    "open_clip pool": (towers._open_clip(pool_type="none"), "VisionTransformer has pool_type='none'"),
+    "open_clip layout": (
+        lambda: with_more("open_clip", transformer=towers.transformer.Transformer(32, 2, 2, batch_first=False)),
+        "VisionTransformer has a Transformer with batch_first=False",
+    ),
+    "trunk": (lambda: timm_model.TimmModel("eva02_tiny_patch14_224", 8, pool="token"), "trunk is of class Eva"),
+    "rot_attn": (
+        lambda: with_more("open_clip-timm", head=nn.Sequential(towers.OrderedDict(pool=nn.Flatten()))),
+        "TimmModel pools with Flatten",
+    ),
+    "timm forward": (lambda: with_another_class("timm", OwnTimm), "OwnTimm replaces the forward"),
+    "timm pool": (towers._timm(global_pool=""), "VisionTransformer has global_pool=''"),
+    "distilled": (
+        lambda: with_more("timm-distilled", distilled_training=True),
+        "VisionTransformerDistilled gives two scores",
+    ),
+    "dinov2 forward": (lambda: with_another_class("dinov2", OwnDINOv2), "OwnDINOv2 replaces its library's forward"),
+    "siglip": (
+        towers._transformers("SiglipVisionModel", vision_use_head=False),
+        "SiglipVisionModel has vision_use_head=False",
+    ),
+    "openai_clip more": (
+        lambda: with_more("openai_clip", temporal_embedding=nn.Parameter(torch.zeros(8, 32))),
+        "towers.VisionTransformer has temporal_embedding, which OpenAI CLIP's tower doesn't have.*register_adapter",
+    ),
+    "openai_clip forward": (
+        lambda: with_another_class("openai_clip", OwnOpenAICLIP),
+        "OwnOpenAICLIP replaces the forward",
+    ),
+    "openai_clip layout": (of_another_attention, "VisionTransformer has blocks with batch_first=True"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_forms_that_are_refused_by_name(case):
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        adapter_for(make())
+
+
+@pytest.mark.parametrize("name", ["open_clip-tokens", "timm-dynamic"])
+def test_patches_are_not_dropped_in_training(name):
+    adapter = adapter_for(towers.build(name).train())
+    with pytest.raises(ValueError, match="drops patches in training"):
+        adapter.embed(towers.pictures(name))
+
+
+def test_half_precision_as_openai_clip_loads_it():
+    tower, pictures = towers.build("openai_clip").half(), towers.pictures("openai_clip")
+    adapter = adapter_for(tower)
+    with torch.no_grad():
+        features = adapter.head(run_blocks(adapter, adapter.embed(pictures)))
+        wanted = tower(pictures.half())
+    assert features.dtype == torch.float16
+    assert torch.equal(features, wanted)
+
+
+def lora(name, target):
+    tower = towers.build(name)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False), tower)
+    with torch.no_grad():
+        randomize(tower, seed=1)
+    return tower
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("clip", "q_proj"), ("dinov2", "v_proj"), ("timm", "qkv"), ("openai_clip", "c_fc")]
+)
+def test_lora_is_in_what_runs(name, target):
+    tower, pictures = lora(name, target), towers.pictures(name)
+    adapter = adapter_for(tower)
+    with torch.no_grad():
+        x = adapter.embed(pictures)
+        assert torch.equal(adapter.head(run_blocks(adapter, x)), towers.features(name, tower, pictures))
+        parts = adapter.parts(adapter.blocks[0])
+        x = parts.norm1(x)
+        assert close(attend(parts, *parts.qkv(x)), parts.attention(x))
+
+
+@pytest.mark.parametrize("name", ["open_clip", "openai_clip"])
+def test_queries_behind_lora_on_a_whole_attention_are_refused(name):
+    tower, pictures = lora(name, "attn"), towers.pictures(name)
+    adapter = adapter_for(tower)
+    with torch.no_grad():
+        x = adapter.embed(pictures)
+        assert torch.equal(adapter.head(run_blocks(adapter, x)), towers.features(name, tower, pictures))
+        with pytest.raises(ValueError, match="lora.layer.MultiheadAttention stands in place of nn.MultiheadAttention"):
+            adapter.parts(adapter.blocks[0]).qkv(x)
+
+
+@pytest.mark.parametrize("name", ["openai_clip", "dinov2"])
+def test_parts_compile_without_a_graph_break(name):
+    adapter = adapter_for(towers.build(name))
+    block = adapter.blocks[0]
+
+    def run(x):
+        parts = adapter.parts(block)
+        x = x + parts.branch1(attend(parts, *parts.qkv(parts.norm1(x))))
+        return x + parts.branch2(parts.mlp(parts.norm2(x)))
+
+    with torch.no_grad():
+        x = adapter.embed(towers.pictures(name))
+        assert close(torch.compile(run, fullgraph=True, backend="eager")(x), run(x))
