@@ -151,6 +151,27 @@ void token_features_activation(const std::array<int64_t, 7>& shape, const std::a
   call(inti::cpu_kernels().token_features_activation, p);
 }
 
+void token_features_forward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types, int threads,
+                            Address x, const StrideArray& x_strides, Address position, Address norm_weight,
+                            Address norm_bias, double eps, Address statistics, Address weight, Address bias,
+                            Address features, Address preactivation, Address workspace) {
+  inti::TokenFeaturesForward p{};
+  p.norm.shape = p.activation.shape = token_features_shape(shape, types, threads);
+  p.norm.x = pointer(x);
+  p.norm.x_strides = strides(x_strides);
+  p.norm.position = pointer(position);
+  p.norm.norm_weight = pointer(norm_weight);
+  p.norm.norm_bias = pointer(norm_bias);
+  p.norm.eps = eps;
+  p.norm.statistics = pointer(statistics);
+  p.activation.bias = pointer(bias);
+  p.activation.features = pointer(features);
+  p.activation.preactivation = pointer(preactivation);
+  p.weight = pointer<float>(weight);
+  p.workspace = pointer<float>(workspace);
+  call(inti::cpu_kernels().token_features_forward, p);
+}
+
 void token_features_activation_backward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
                                         int threads, Address grad_features, int64_t grad_features_pitch,
                                         Address preactivation, Address grad_preactivation, Address partials) {
@@ -208,6 +229,35 @@ void interpolation_head_forward(const std::array<int64_t, 7>& shape, const std::
   p.weights = pointer(weights);
   p.difference = pointer(difference);
   call(inti::cpu_kernels().interpolation_head_forward, p);
+}
+
+void interpolation_head_network(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
+                                int threads, const std::array<int64_t, 2>& widths, Address features, Address cube,
+                                Address weight1, int64_t weight1_pitch, Address frame_bias, int64_t frame_bias_pitch,
+                                Address weight2, double bias2, Address x, const StrideArray& x_strides,
+                                Address position, Address preactivation, Address z, Address weights, Address difference,
+                                Address workspace) {
+  inti::InterpolationHeadNetwork p{};
+  p.pass.shape = interpolation_head_shape(shape, types, threads);
+  p.pass.frame_bias = pointer(frame_bias);
+  p.pass.frame_bias_pitch = frame_bias_pitch;
+  p.pass.weight2 = pointer(weight2);
+  p.pass.bias2 = bias2;
+  p.pass.x = pointer(x);
+  p.pass.x_strides = strides(x_strides);
+  p.pass.position = pointer(position);
+  p.pass.preactivation = pointer(preactivation);
+  p.pass.z = pointer(z);
+  p.pass.weights = pointer(weights);
+  p.pass.difference = pointer(difference);
+  p.features = pointer(features);
+  p.cube = pointer(cube);
+  p.width = widths[0];
+  p.context = widths[1];
+  p.weight1 = pointer<float>(weight1);
+  p.weight1_pitch = weight1_pitch;
+  p.workspace = pointer<float>(workspace);
+  call(inti::cpu_kernels().interpolation_head_network, p);
 }
 
 void interpolation_head_backward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
@@ -304,6 +354,7 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("token_blocks", &inti::token_blocks, "tokens"_a);
   m.def("partial_sums", &partial_sums, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "partials"_a, "sums"_a);
+  m.def("gemm_workspace", &inti::gemm_workspace, "columns"_a, "depth"_a, "threads"_a);
   m.def("product_workspace", &product_workspace, "columns"_a, "depth"_a, "threads"_a);
   m.def("product", &product, py::kw_only(), "shape"_a, "threads"_a, "a"_a, "a_strides"_a, "b"_a, "b_strides"_a, "c"_a,
         "c_pitch"_a, "accumulate"_a, "workspace"_a);
@@ -312,6 +363,9 @@ PYBIND11_MODULE(_native, m) {
         "normalized"_a);
   m.def("token_features_activation", &token_features_activation, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a,
         "product"_a, "bias"_a, "features"_a, "preactivation"_a);
+  m.def("token_features_forward", &token_features_forward, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a, "x"_a,
+        "x_strides"_a, "position"_a, "norm_weight"_a, "norm_bias"_a, "eps"_a, "statistics"_a, "weight"_a, "bias"_a,
+        "features"_a, "preactivation"_a, "workspace"_a);
   m.def("token_features_activation_backward", &token_features_activation_backward, py::kw_only(), "shape"_a, "dtypes"_a,
         "threads"_a, "grad_features"_a, "grad_features_pitch"_a, "preactivation"_a, "grad_preactivation"_a,
         "partials"_a);
@@ -322,6 +376,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("interpolation_head_forward", &interpolation_head_forward, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a,
         "product"_a, "frame_bias"_a, "frame_bias_pitch"_a, "weight2"_a, "bias2"_a, "x"_a, "x_strides"_a, "position"_a,
         "preactivation"_a, "z"_a, "weights"_a, "difference"_a);
+  m.def("interpolation_head_network", &interpolation_head_network, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a,
+        "widths"_a, "features"_a, "cube"_a, "weight1"_a, "weight1_pitch"_a, "frame_bias"_a, "frame_bias_pitch"_a,
+        "weight2"_a, "bias2"_a, "x"_a, "x_strides"_a, "position"_a, "preactivation"_a, "z"_a, "weights"_a,
+        "difference"_a, "workspace"_a);
   m.def("interpolation_head_backward", &interpolation_head_backward, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a,
         "x"_a, "x_strides"_a, "position"_a, "difference"_a, "grad_z"_a, "grad_z_strides"_a, "grad_weights"_a,
         "preactivation"_a, "weight2"_a, "grad_x"_a, "accumulate"_a, "position_partials"_a, "grad_difference"_a,

@@ -124,6 +124,26 @@ MUTANTS = {
         ("half of the partial sums start as garbage", "c < 2 * columns; ++c) sums[c] = 0", "c < columns; ++c) sums[c] = 0"),
         ("weight2's sums are the slope's", "upstream * gelu_at.value", "upstream * gelu_at.slope"),
     ),
+    "gemm": _mutants(
+        "csrc/cpu/gemm.h",
+        ("the first terms are lost", "least(terms, depth - k), k > 0, tile)", "least(terms, depth - k), false, tile)"),
+        ("two rows of a tile change places", "Quad columns[2] = {low_halves(a, b),", "Quad columns[2] = {low_halves(b, a),"),
+        ("threads pack in the same place", "thread_number() * gemm_block(depth)", "0 * gemm_block(depth)"),
+        ("a block starts a tile late", "first = tiles * block / blocks * kTileRows", "first = (tiles * block / blocks + (block == 1)) * kTileRows"),
+    )
+    + _mutants(
+        "csrc/cpu/product.cpp",
+        ("the second part of a long product overwrites the first", "p.accumulate || k > 0", "p.accumulate"),
+    )
+    + _mutants(
+        "csrc/cpu/token_features.cpp",
+        ("a tile that reaches into the next frame stays in the first", "(row + i) / s.tokens", "row / s.tokens"),
+    )
+    + _mutants(
+        "csrc/cpu/interpolation_head.cpp",
+        ("only the last columns count", "column ? load(own) : Vec<float>{}", "Vec<float>{}"),
+        ("the cube's rows are the features'", "to + p.width * kTileRows", "to"),
+    ),
     "triton pair_interpolate": _mutants(
         "inti_kernels/backends/triton/pair_interpolate.py",
         ("the weights are swapped", "return first / (first + second), second / (first + second)", "return second / (first + second), first / (first + second)"),
@@ -295,6 +315,7 @@ MUTANTS = {
 
 # What catches them: test files, and what of them is left out. Of a suite that isn't here: tests/test_<suite>.py.
 TESTS = {
+    "gemm": ["tests/test_cpu.py"],
     "token_features": ["tests/test_token_features.py", "tests/test_cpu.py"],
     "interpolation_head": ["tests/test_interpolation_head.py", "tests/test_cpu.py"],
     "triton pair_interpolate": ["tests/test_pair_interpolate.py", "tests/test_triton_interpreted.py"],

@@ -155,6 +155,55 @@ def test_checkpointing_follows_the_librarys_switch(name):
     assert not adapter.checkpointing
 
 
+class LayerOfVersion4(transformers.models.clip.modeling_clip.CLIPEncoderLayer):
+    def forward(self, hidden_states, attention_mask, causal_attention_mask, output_attentions=False):
+        return (super().forward(hidden_states, attention_mask),)
+
+
+class AttentionOfVersion4(nn.Module):
+    """DINOv2's attention, nested and named as in version 4."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = nn.Module()
+        self.attention.num_attention_heads = towers.HEADS
+        self.attention.attention_head_size = towers.DIM // towers.HEADS
+        self.attention.query, self.attention.key = attention.q_proj, attention.k_proj
+        self.attention.value, self.output = attention.v_proj, OutputOfVersion4()
+        self.output.dense = attention.o_proj
+        self.whole = [attention]
+
+    def forward(self, hidden_states, head_mask=None, output_attentions=False):
+        return self.whole[0](hidden_states)[:1]
+
+
+class OutputOfVersion4(nn.Module):
+    def forward(self, hidden_states, input_tensor):
+        return self.dense(hidden_states)
+
+
+def test_layers_of_transformers_4_want_masks_and_return_tuples():
+    tower, pictures = towers.build("clip"), towers.pictures("clip")
+    with torch.no_grad():
+        wanted = towers.features("clip", tower, pictures)
+        for layer in tower.encoder.layers:
+            layer.__class__ = LayerOfVersion4
+        adapter = adapter_for(tower)
+        assert torch.equal(adapter.head(run_blocks(adapter, adapter.embed(pictures))), wanted)
+
+
+def test_attention_of_transformers_4():
+    tower = towers.build("dinov2")
+    adapter, layer = adapter_for(tower), tower.encoder.layer[0]
+    with torch.no_grad():
+        x = layer.norm1(adapter.embed(towers.pictures("dinov2")))
+        wanted = layer.attention(x)[0]
+        layer.attention = AttentionOfVersion4(layer.attention)
+        parts = adapter.parts(layer)
+        assert torch.equal(parts.attention(x), wanted)
+        assert close(attend(parts, *parts.qkv(x)), wanted)
+
+
 def test_no_library_is_imported():
     code = "import sys, inti_kernels.models; print(*{'open_clip', 'clip', 'timm', 'transformers'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -269,6 +269,17 @@ def test_lora_on_the_backbone(name: str) -> None:
     torch.testing.assert_close(before(clips), model(clips))
 
 
+@pytest.mark.parametrize("options", [{"method": "tome"}, {"temporal": "st_adapter", "st_adapter": {"before": "mlp"}}])
+def test_blocks_that_cant_be_taken_apart(options: dict) -> None:
+    """Refused when the model is made, by name; and a block that FSDP2 sharded by itself when it is run."""
+    with pytest.raises(ValueError, match="ParallelScalingBlock can't be taken apart"):
+        compress(towers.build("timm-parallel"), FRAMES, AFTER, **options)
+    model = compressed("timm", **options)
+    model.blocks[1].unshard = None
+    with pytest.raises(RuntimeError, match="block 2 was sharded by itself"):
+        model(video("timm"))
+
+
 def test_frozen_backbone() -> None:
     tower = towers.build("clip")
     model = randomized(compress(tower, FRAMES, AFTER, freeze_backbone=True, num_classes=2))

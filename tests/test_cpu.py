@@ -139,6 +139,70 @@ def test_products_by_onednn(subject: Subject, kernels: str, monkeypatch: pytest.
     op_suite.no_clips(subject)
 
 
+@pytest.fixture
+def products_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AMD's processors with AVX2 and no more, and there with 16-bit networks too."""
+    wide = dict.fromkeys(HALVES, torch.float32)
+    monkeypatch.setattr(_products, "product_dtype", lambda dtype: wide.get(dtype, dtype))
+    monkeypatch.setattr(_products, "by_kernel", lambda dtype: dtype == torch.float32)
+
+
+@SUBJECTS
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("dim", [6, 33, 48])
+def test_products_by_the_kernel(
+    subject: Subject, dtype: torch.dtype, dim: int, backend: str, products_by_the_kernel: None
+) -> None:
+    case = subject.case(dtype, dim=dim, grid=(3, 4))
+    assert_close_three_way(three_way(subject.name, *case, backend=backend, draws=DRAWS))
+    op_suite.no_clips(subject)
+
+
+@SUBJECTS
+def test_the_kernel_gives_the_same_bits_at_any_thread_count(
+    subject: Subject, threads: None, products_by_the_kernel: None
+) -> None:
+    """Without the product of the frames' context, which is torch's."""
+    op_suite.same_bits_at_any_thread_count(replace(subject, sizes=subject.sizes and {"context": ("cube",)}))
+
+
+def as_stored(matrix: Tensor, layout: str) -> Tensor:
+    """The same numbers, with rows or columns in one line, or neither."""
+    if layout == "rows":
+        return matrix.contiguous()
+    if layout == "columns":
+        return matrix.t().contiguous().t()
+    spread = torch.full((2 * matrix.shape[0], 3 * matrix.shape[1]), math.nan)
+    spread[::2, ::3] = matrix
+    return spread[::2, ::3]
+
+
+@pytest.mark.parametrize("layouts", [("rows", "columns"), ("columns", "rows"), ("spread", "spread")], ids="-".join)
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (5, 31, 7), (14, 32, 4), (50, 33, 401), (12, 70, 1602), (300, 17, 6)], ids=str
+)
+def test_a_product(sizes: tuple[int, int, int], accumulate: bool, layouts: tuple[str, str], backend: str) -> None:
+    """To columns of a wider matrix, whose others stay."""
+    rows, columns, depth = sizes
+    a, b, before = torch.randn(rows, depth), torch.randn(depth, columns), torch.randn(rows, columns + 3)
+    to = before.clone()
+    _products.multiply(as_stored(a, layouts[0]), as_stored(b, layouts[1]), to[:, 2:-1], accumulate=accumulate)
+    exact = a.double() @ b.double() + accumulate * before[:, 2:-1].double()
+    size = a.abs().double() @ b.abs().double() + before[:, 2:-1].abs().double()
+    # The bound of sums of sums of at most 400 terms, of which the real errors are a small part.
+    assert bool(((to[:, 2:-1] - exact).abs() <= 8 * math.sqrt(depth) * 2**-24 * size).all())
+    assert_same_bits((to[:, :2], to[:, -1:]), (before[:, :2], before[:, -1:]))
+
+
+def test_a_product_of_what_is_no_ordinary_number(backend: str) -> None:
+    """NaN and infinity stay in their row, whatever a tile has beside it."""
+    a, b, to = torch.ones(9, 5), torch.ones(5, 35), torch.empty(9, 35)
+    a[7, 3], a[8, 4] = math.nan, math.inf
+    _products.multiply(a, b, to, accumulate=False)
+    assert_same_bits(to, a @ b)
+
+
 def test_what_is_multiplied_in_what() -> None:
     """A processor that lacks 16-bit products multiplies 16-bit numbers in float32; no other number is converted."""
     assert _products.product_dtype(torch.float32) == torch.float32
@@ -211,11 +275,13 @@ def test_features_from_what_was_kept(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("context", [(), ("cube",), ("frame",), ("cube", "frame")], ids=str)
+@pytest.mark.parametrize("by_kernel", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 def test_the_first_linear_alone(
-    dtype: torch.dtype, context: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, by_kernel: bool, context: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bits that the forward keeps."""
+    monkeypatch.setattr(_products, "by_kernel", lambda product: by_kernel and product == torch.float32)
     monkeypatch.setattr(_call, "ROWS", 10)
     inputs, _ = HEAD.case(dtype, dim=40, context=context)
     values = list(inputs.values())

@@ -54,6 +54,19 @@ def test_sta_keeps_what_a_loop_would(frames: int, patches: int, dropped: int, se
     ]
 
 
+def test_sta_reads_the_mean_keys_of_the_heads_and_the_output() -> None:
+    adapter = ToyAdapter(1)
+    block, method, x = adapter.blocks[0], STA(adapter, at=(1,), keep=0.7), tokens(2 * FRAMES, 1 + 11, DIM)
+    k = block.heads(block.norm1(x))[1].detach()
+    features, output = F.normalize(k.mean(1), dim=-1)[:, 1:], block(x)
+    z, (places, _) = method.block(adapter, block, 1, x, FRAMES, method.start(x, FRAMES))
+    for clip in range(2):
+        frames = slice(clip * FRAMES, (clip + 1) * FRAMES)
+        kept = kept_by_hand(features[frames], semantic_scores(output[frames, 1:]), 3)
+        assert places[frames].tolist() == [[0, *(1 + patch for patch in frame)] for frame in kept]
+    torch.testing.assert_close(z, output.gather(1, places[..., None].expand_as(z)))
+
+
 def test_sta_semantics_is_activity() -> None:
     x = torch.tensor([[[1.0, -1.0], [4.0, 0.0], [-1.0, 5.0]], [[3.0, 0.0], [0.0, -3.0], [2.0, 1.0]]])
     assert semantic_scores(x).tolist() == [[0.0, 0.5, 1.0], [0.0, 0.0, 0.0]]

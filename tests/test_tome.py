@@ -68,6 +68,17 @@ def test_tome_merges_what_a_loop_would(prefix: int, patches: int, r: int, seed: 
         assert now[frame].tolist() == [of_place[place] for place in range(n)]
 
 
+def test_tome_compares_the_mean_keys_of_the_heads() -> None:
+    adapter = ToyAdapter(1)
+    block, method, x = adapter.blocks[0], ToMe(adapter, 3), tokens(4, 1 + 11, DIM)
+    k = block.heads(block.norm1(x))[1].detach()
+    _, (_, places) = method.block(adapter, block, 1, x, 4, method.start(x, 4))
+    for frame in range(4):
+        *_, groups = merged_by_hand(x[frame], torch.ones(12), k[frame].mean(0), 3, 1)
+        of_place = {place: number for number, group in enumerate(groups) for place in group}
+        assert places[frame].tolist() == [of_place[place] for place in range(12)]
+
+
 def test_tome_matching_is_the_same_among_equals() -> None:
     """All edges as similar: the first of A go, into the first of B."""
     edges = match(F.normalize(torch.ones(2, 7, 3), dim=-1), 3)

@@ -14,43 +14,69 @@ struct Normal {
   Vec<A> cdf, density;
 };
 
+// The number without its last 12 bits: its square, and a product of two such, is exact.
+INTI_INLINE Vec<float> upper_half(const Vec<float>& x) { return bits_as<Vec<float>>(bits_as<Uint32s>(x) & 0xfffff000); }
+
+// c - a·b, rounded once: what is left of a product or a quotient that was rounded.
+INTI_INLINE Vec<float> less_product(const Vec<float>& c, const Vec<float>& a, const Vec<float>& b) {
+  // By name: with c = a·b the compiler would take the rounded product for both.
+#if defined(__AVX512F__)
+  return _mm512_fnmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fnmadd_ps(a, b, c);
+#else
+  // In halves of 12 bits, whose products are exact.
+  const Vec<float> a1 = upper_half(a), b1 = upper_half(b), a2 = a - a1, b2 = b - b1;
+  return (c - a1 * b1) - a1 * b2 - a2 * b1 - a2 * b2;
+#endif
+}
+
+// 2^n·(1 + large + small), with `large` exact and `small` rounded where it is small.
+struct Power {
+  Vec<float> large, small, scale;  // scale: 2^n
+};
+
 // exp(high + low) for high in [-87, 0] and a small low: an argument in two parts loses no digits where it is large.
-// Within 2 ulp.
-INTI_INLINE Vec<float> exponential(const Vec<float>& high, const Vec<float>& low) {
+INTI_INLINE Power exponential(const Vec<float>& high, const Vec<float>& low) {
   const float magic = 0x1.8p23f;  // added, it leaves the nearest integer in the lowest bits
   const Vec<float> shifted = high * 0x1.715476p0f + magic, n = shifted - magic;
   // ln 2 as 0x1.62ep-1, of which n multiples are exact, and the rest.
-  const Vec<float> r = (high - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f + low;
-  Vec<float> q = r * 0x1.698248p-10f + 0x1.129cp-7f;
-  q = q * r + 0x1.555bb6p-5f;
-  q = q * r + 0x1.5553fap-3f;
-  q = q * r + 0x1.fffff6p-2f;
-  const Vec<float> power = r * r * q + r + 1.0f;
-  return power * bits_as<Vec<float>>((bits_as<Uint32s>(shifted) + 127) << 23);
+  const Vec<float> large = high - n * 0x1.62ep-1f, rest = low - n * 0x1.0bfbe8p-15f, r = large + rest;
+  Vec<float> q = r * 0x1.6a3d7ap-10f + 0x1.1239ep-7f;
+  q = q * r + 0x1.5558cp-5f;
+  q = q * r + 0x1.555492p-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  return {large, r * r * q + rest, bits_as<Vec<float>>((bits_as<Uint32s>(shifted) + 127) << 23)};
 }
 
-// Φ(-t) = exp(-t²/2)·R(t) for t ≥ 0, with R(t)·(1 + 0.4·t) a polynomial in u = 0.4·t / (1 + 0.4·t): both tails keep
-// their digits, which 1 + erf would lose. φ is within 2 ulp, Φ within 2 above 0 and 10 below; from -13 on both are 0.
-// NaN stays NaN.
+// Φ(-t) = exp(-t²/2)·R(t) for t ≥ 0, with R(t)·(1 + t/4) a polynomial in w = 1 / (1 + t/4): both tails keep their
+// digits, which 1 + erf would lose. What its steps of full size round off is put right at the end. Φ and φ are within
+// 2 ulp where they are normal numbers (Φ within 1.4 above 0); from -13 on both are 0. NaN stays NaN.
 INTI_INLINE Normal<float> normal(const Vec<float>& x) {
   Vec<float> t = bits_as<Vec<float>>(bits_as<Uint32s>(x) & 0x7fffffff);
   t = t > 14.0f ? Vec<float>{} + 14.0f : t;  // a comparison with NaN is false
   // The square of 12 bits is exact; the rest is the small part.
-  const Vec<float> high = bits_as<Vec<float>>(bits_as<Uint32s>(t) & 0xfffff000);
-  Vec<float> e = exponential(-0.5f * high * high, -0.5f * (t - high) * (t + high));
-  e = t > 13.0f ? Vec<float>{} : e;
-  const Vec<float> u = 0.4f * t / (1.0f + 0.4f * t);
-  Vec<float> ratio = u * -0x1.04ffe8p-5f + 0x1.c95fb2p-4f;
-  ratio = ratio * u - 0x1.fff3dep-4f;
-  ratio = ratio * u + 0x1.c1d4ecp-5f;
-  ratio = ratio * u - 0x1.e99e54p-5f;
-  ratio = ratio * u + 0x1.6eb25ap-6f;
-  ratio = ratio * u + 0x1.de3668p-4f;
-  ratio = ratio * u + 0x1.15e228p-4f;
-  ratio = ratio * u - 0x1.fd4b2p-2f;
-  ratio = ratio * u + 0.5f;
-  const Vec<float> tail = e * ((1.0f - u) * ratio);
-  return {bits_as<Int32s>(x) < 0 ? tail : 1.0f - tail, e * 0x1.988454p-2f};
+  const Vec<float> high = upper_half(t);
+  const Power e = exponential(-0.5f * high * high, -0.5f * (t - high) * (t + high));
+  const Vec<float> scale = t > 13.0f ? Vec<float>{} : e.scale;
+
+  const Vec<float> d = 0.25f * t + 1.0f, w = 1.0f / d, v = w - 0x1.119p-1f;
+  Vec<float> ratio = v * 0x1.0751d6p-6f + 0x1.1dbdf2p-6f;
+  ratio = ratio * v - 0x1.7c3486p-5f;
+  ratio = ratio * v - 0x1.165116p-4f;
+  ratio = ratio * v + 0x1.84aa1ap-5f;
+  ratio = ratio * v + 0x1.00e7eep-2f;
+  ratio = ratio * v + 0x1.a09f44p-2f;
+  ratio = ratio * v + 0x1.b5821ap-2f;
+  ratio = ratio * v + 0x1.53d404p-2f;
+  const Vec<float> sum = ratio * v + 0x1.9905d4p-3f;
+  // What is missing to the sum, and to w as a share, of which R has 0.66 + 2.41·w times as much.
+  const Vec<float> of_sum = -less_product(sum - 0x1.9905d4p-3f, ratio, v);
+  const Vec<float> of_w = less_product(Vec<float>{} + 1.0f, d, w) - (0.25f * t - (d - 1.0f)) * w;
+  const Vec<float> r = sum * w, of_r = r * ((w * 2.41f + 0.66f) * of_w) + (of_sum * w - less_product(r, sum, w));
+  const Vec<float> more = e.large + e.small, power = more + 1.0f;
+  const Vec<float> tail = (of_r * power + r * more + r) * scale;
+  return {bits_as<Int32s>(x) < 0 ? tail : 1.0f - tail, power * scale * 0x1.988454p-2f};
 }
 
 INTI_INLINE Normal<double> normal(const Vec<double>& x) {

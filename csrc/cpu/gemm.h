@@ -20,11 +20,15 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes<float>;
-static_assert(kTileRows <= kTileRowsAtMost && kColumnsOfTiles % kTileColumns == 0, "fits the workspace");
 
 // Terms that are added up in one go; sums of sums lose less than one long sum. Of all cuts the only one that the bits
 // of a result depend on.
 constexpr int64_t kTerms = 400;
+
+// Rows of a block, where they are short.
+constexpr int64_t kRowsAtMost = 168;
+static_assert(kTileRows <= kTileRowsAtMost && kRowsAtMost >= kTileRows && kColumnsOfTiles % kTileColumns == 0,
+              "fits the workspace");
 
 INTI_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INTI_INLINE int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -125,15 +129,12 @@ INTI_INLINE void pack_panel(const Lines& from, int64_t first, float* to) {
 
 // --- The product -----------------------------------------------------------------------------------------------------
 
-struct GemmShape {
-  int64_t rows, columns, depth;
-  int threads;
-};
-
 // Multiplies rows by a matrix whose columns are the lines of b.
 //   pack(row, to, scratch): writes kTileRows rows as pack_panel does; scratch has kTileRows · depth numbers
-//   finish(row, column, sums, load, store): takes a vector of the result; load and store are for_each_vector's
-//   end(first, last): all of these rows' columns have been finished, in order and in one thread
+//   finish(row, column, count, sums, own): takes `count` numbers of a row of the result, the columns of a row in order
+//       and in one thread; `own` has kLanes<float> numbers for each row, 64-byte aligned, to be kept from column to
+//       column
+//   end(row, own): a row is complete
 template <class Pack, class Finish, class End>
 INTI_INLINE void gemm(const Lines& b, int64_t rows, int threads, float* workspace, const Pack& pack,
                       const Finish& finish, const End& end) {
@@ -141,13 +142,14 @@ INTI_INLINE void gemm(const Lines& b, int64_t rows, int threads, float* workspac
   parallel_for(columns / kTileColumns, threads, [&](int64_t panel) {
     pack_panel<kTileColumns>(b, panel * kTileColumns, workspace + panel * kTileColumns * depth);
   });
-  const int64_t tiles = parts_of(rows, kTileRows), most = kPackedNumbers / (kTileRows * depth + 1) + 1;
+  const int64_t tiles = parts_of(rows, kTileRows);
+  const int64_t most = least(kPackedNumbers / (kTileRows * depth) + 1, kRowsAtMost / kTileRows);
   // As many blocks for every thread.
   const int64_t blocks = least(tiles, parts_of(parts_of(tiles, most), threads) * threads);
-  float* const own = workspace + columns * depth;
   parallel_for(blocks, threads, [&](int64_t block) {
-    float* const scratch = own + thread_number() * gemm_block(depth);
+    float* const scratch = workspace + columns * depth + thread_number() * gemm_block(depth);
     float* const packed = scratch + kTileRows * depth;
+    alignas(64) float own[kRowsAtMost][kLanes<float>];
     const int64_t first = tiles * block / blocks * kTileRows;
     const int64_t last = least(tiles * (block + 1) / blocks * kTileRows, rows);
     for (int64_t row = first; row < last; row += kTileRows) pack(row, packed + (row - first) * depth, scratch);
@@ -156,12 +158,9 @@ INTI_INLINE void gemm(const Lines& b, int64_t rows, int threads, float* workspac
         alignas(64) float tile[kTileRows][kTileColumns];
         multiply_tile(packed + (row - first) * depth, workspace + column * depth, depth, tile[0]);
         for (int64_t i = 0; i < least(kTileRows, last - row); ++i)
-          for_each_vector<float>(least(kTileColumns, b.count - column),
-                                 [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-                                   finish(row + i, column + c, inti::INTI_ISA::load(&tile[i][c]), load, store);
-                                 });
+          finish(row + i, column, least(kTileColumns, b.count - column), tile[i], own[row + i - first]);
       }
-    end(first, last);
+    for (int64_t row = first; row < last; ++row) end(row, own[row - first]);
   });
 }
 

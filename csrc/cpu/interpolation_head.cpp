@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "gelu.h"
-#include "rows.h"
+#include "gemm.h"
 
 namespace inti::INTI_ISA {
 namespace {
@@ -59,22 +59,21 @@ struct Two {
 // --- The hidden layer: N is the network's dtype, P the products'
 // ------------------------------------------------------
 
-// The difference of a token pair's logits.
+// What columns [begin, begin + count) of a token pair's products add to the difference of its logits, lane by lane.
 template <class N, class P>
-wide_t<N> logits_difference(const InterpolationHeadForward& p, const TokenPair& at) {
+INTI_INLINE Vec<wide_t<N>> difference_of_columns(const InterpolationHeadForward& p, int64_t row, int64_t begin,
+                                                 int64_t count, const P* products, Vec<wide_t<N>> sum) {
   using A = wide_t<N>;
-  const int64_t hidden = p.shape.hidden, frame = at.batch * (p.shape.frames / 2) + at.pair;
-  const P* product = static_cast<const P*>(p.product) + at.own * hidden;
-  const A* frame_bias = static_cast<const A*>(p.frame_bias) + frame * p.frame_bias_pitch;
-  const A* weight2 = static_cast<const A*>(p.weight2);
-  N* kept = p.preactivation ? static_cast<N*>(p.preactivation) + at.row * hidden : nullptr;
-  Vec<A> sum = {};
-  for_each_vector<N>(hidden, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-    const Vec<A> v = load(product + c) + load(frame_bias + c);
+  const int64_t hidden = p.shape.hidden, frame = row / p.shape.tokens;
+  const A* frame_bias = static_cast<const A*>(p.frame_bias) + frame * p.frame_bias_pitch + begin;
+  const A* weight2 = p.weight2 ? static_cast<const A*>(p.weight2) + begin : nullptr;
+  N* kept = p.preactivation ? static_cast<N*>(p.preactivation) + row * hidden + begin : nullptr;
+  for_each_vector<N>(count, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+    const Vec<A> v = load(products + c) + load(frame_bias + c);
     if (kept) store(kept + c, v);
-    sum += gelu<A>(v).value * load(weight2 + c);
+    if (weight2) sum += gelu<A>(v).value * load(weight2 + c);
   });
-  return sum_lanes<A>(sum) + A(p.bias2);
+  return sum;
 }
 
 template <class N, class P>
@@ -169,17 +168,64 @@ A* sums_of(void* partials, const Block& block, int64_t columns) {
   return sums;
 }
 
+// Weights and interpolation of a token pair, from the lanes of its logits' difference.
+template <class T, class N>
+void finish_pair(const InterpolationHeadForward& p, const TokenPair& at, const Vec<wide_t<N>>& sum) {
+  using A = wide_t<N>;
+  const A difference = sum_lanes<A>(sum) + A(p.bias2);
+  const PairWeights weights(difference);
+  static_cast<A*>(p.difference)[at.row] = difference;
+  Two<N>::write(p.weights, at.row, A(weights.first), A(weights.second));
+  interpolate<T>(p, at, weights);
+}
+
 template <class T, class N, class P>
 void forward(const InterpolationHeadForward& p) {
+  const int64_t hidden = p.shape.hidden;
   for_each_block(p.shape, [&](const Block& block) {
     for_each_pair(p.shape, block, [&](const TokenPair& at) {
-      const wide_t<N> difference = logits_difference<N, P>(p, at);
-      const PairWeights weights(difference);
-      static_cast<wide_t<N>*>(p.difference)[at.row] = difference;
-      Two<N>::write(p.weights, at.row, wide_t<N>(weights.first), wide_t<N>(weights.second));
-      interpolate<T>(p, at, weights);
+      const P* products = static_cast<const P*>(p.product) + at.own * hidden;
+      finish_pair<T, N>(p, at, difference_of_columns<N>(p, at.row, 0, hidden, products, Vec<wide_t<N>>{}));
     });
   });
+}
+
+// Rows [row, row + kTileRows) of a matrix [rows, dim], converted to float.
+template <class N>
+INTI_INLINE void pack_rows(const void* data, int64_t rows, int64_t dim, int64_t row, float* to, float* scratch) {
+  const N* from = static_cast<const N*>(data) + row * dim;
+  const int64_t count = least(kTileRows, rows - row);
+  if constexpr (sizeof(N) == sizeof(float)) {
+    pack_panel<kTileRows>(Lines{from, dim, 1, count, dim}, 0, to);
+  } else {
+    for (int64_t i = 0; i < count; ++i)
+      for_each_vector<N>(dim, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        store(scratch + i * dim + c, load(from + i * dim + c));
+      });
+    pack_panel<kTileRows>(Lines{scratch, dim, 1, count, dim}, 0, to);
+  }
+}
+
+template <class T, class N>
+void network(const InterpolationHeadNetwork& p) {
+  const InterpolationHeadShape& s = p.pass.shape;
+  const int64_t pairs = s.frames / 2, rows = s.count * s.tokens;
+  gemm(
+      Lines{p.weight1, p.weight1_pitch, 1, s.hidden, p.width + p.context}, rows, s.threads, p.workspace,
+      [&](int64_t row, float* to, float* scratch) {
+        pack_rows<N>(p.features, rows, p.width, row, to, scratch);
+        if (p.cube) pack_rows<N>(p.cube, rows, p.context, row, to + p.width * kTileRows, scratch);
+      },
+      [&](int64_t row, int64_t column, int64_t count, const float* products, float* own)
+          __attribute__((always_inline)) {
+            const Vec<float> before = column ? load(own) : Vec<float>{};
+            store(own, difference_of_columns<N>(p.pass, row, column, count, products, before));
+          },
+      [&](int64_t row, const float* own) {
+        const int64_t frame = row / s.tokens;
+        if (p.pass.weight2)
+          finish_pair<T, N>(p.pass, {frame / pairs, frame % pairs, row % s.tokens, row, row}, load(own));
+      });
 }
 
 template <class T, class N, class P>
@@ -215,6 +261,12 @@ void by_dtypes(const InterpolationHeadShape& shape, const F& f) {
 void interpolation_head_forward(const InterpolationHeadForward& p) {
   by_dtypes(p.shape, [&](auto x, auto network, auto product) {
     forward<element_t<decltype(x)>, element_t<decltype(network)>, element_t<decltype(product)>>(p);
+  });
+}
+
+void interpolation_head_network(const InterpolationHeadNetwork& p) {
+  by_narrow_dtypes(p.pass.shape.dtype, p.pass.shape.network, [&](auto x, auto of_network) {
+    network<element_t<decltype(x)>, element_t<decltype(of_network)>>(p);
   });
 }
 

@@ -14,11 +14,13 @@ void product(const Product& p) {
     gemm(
         b, p.rows, p.threads, p.workspace,
         [&](int64_t row, float* to, float*) __attribute__((always_inline)) { pack_panel<kTileRows>(a, row, to); },
-        [&](int64_t row, int64_t column, const Vec<float>& sums, auto load, auto store) __attribute__((always_inline)) {
+        [&](int64_t row, int64_t column, int64_t count, const float* sums, float*) __attribute__((always_inline)) {
           float* to = p.c + row * p.c_pitch + column;
-          store(to, add ? load(to) + sums : sums);
+          for_each_vector<float>(count, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+            store(to + c, add ? load(to + c) + load(sums + c) : load(sums + c));
+          });
         },
-        [](int64_t, int64_t) {});
+        [](int64_t, float*) {});
   }
 }
 

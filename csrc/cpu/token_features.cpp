@@ -3,7 +3,7 @@
 #include "inti/token_features.h"
 
 #include "gelu.h"
-#include "rows.h"
+#include "gemm.h"
 
 namespace inti::INTI_ISA {
 namespace {
@@ -59,28 +59,34 @@ Statistics<wide_t<T>> statistics_of(const FrameOfTokens<T>& frame, int64_t k, in
   return {mean + rest, A(1 / __builtin_sqrt(double(variance) + eps))};
 }
 
+// Token k of a frame, normalised, to out [dim].
 template <class T, class P>
-void normalize(const TokenFeaturesNormalize& p) {
+void normalize_token(const TokenFeaturesNormalize& p, const FrameOfTokens<T>& frame, int64_t of_all, int64_t k,
+                     P* out) {
   using A = wide_t<T>;
-  const int64_t dim = p.shape.dim, tokens = p.shape.tokens;
+  const int64_t dim = p.shape.dim;
   const A* norm_weight = static_cast<const A*>(p.norm_weight);
   const A* norm_bias = static_cast<const A*>(p.norm_bias);
+  A* kept = static_cast<A*>(p.statistics) + 2 * (of_all * p.shape.tokens + k);
+  if (!p.have_statistics) {
+    const Statistics<A> now = statistics_of(frame, k, dim, p.eps);
+    kept[0] = now.mean;
+    kept[1] = now.scale;
+  }
+  const A mean = kept[0], scale = kept[1];
+  for_each_vector<T>(dim, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+    const Vec<A> v = (frame.at(k, c, load) - mean) * scale;
+    store(out + c, v * load(norm_weight + c) + load(norm_bias + c));
+  });
+}
+
+template <class T, class P>
+void normalize(const TokenFeaturesNormalize& p) {
+  const int64_t dim = p.shape.dim, tokens = p.shape.tokens;
   for_each_block(p.shape, [&](const Block& block) {
     const FrameOfTokens<T> frame(p, block.frame);
-    for (int64_t k = block.begin; k < block.end; ++k) {
-      A* kept = static_cast<A*>(p.statistics) + 2 * (block.frame * tokens + k);
-      if (!p.have_statistics) {
-        const Statistics<A> now = statistics_of(frame, k, dim, p.eps);
-        kept[0] = now.mean;
-        kept[1] = now.scale;
-      }
-      const A mean = kept[0], scale = kept[1];
-      P* out = static_cast<P*>(p.normalized) + ((block.frame - p.shape.first) * tokens + k) * dim;
-      for_each_vector<T>(dim, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-        const Vec<A> v = (frame.at(k, c, load) - mean) * scale;
-        store(out + c, v * load(norm_weight + c) + load(norm_bias + c));
-      });
-    }
+    P* out = static_cast<P*>(p.normalized) + (block.frame - p.shape.first) * tokens * dim;
+    for (int64_t k = block.begin; k < block.end; ++k) normalize_token(p, frame, block.frame, k, out + k * dim);
   });
 }
 
@@ -89,24 +95,50 @@ int64_t features_at(const TokenFeaturesShape& shape, int64_t frame, int64_t k, i
   return (frame / 2 * shape.tokens + k) * pitch + frame % 2 * shape.width;
 }
 
+// Columns [begin, begin + count) of a token's products, to its features and to what is kept of it.
+template <class N, class P>
+INTI_INLINE void activate(const TokenFeaturesActivation& p, int64_t frame, int64_t k, int64_t begin, int64_t count,
+                          const P* products) {
+  using A = wide_t<N>;
+  const int64_t width = p.shape.width;
+  const A* bias = p.bias ? static_cast<const A*>(p.bias) + begin : nullptr;
+  N* features = static_cast<N*>(p.features) + features_at(p.shape, frame, k, 2 * width) + begin;
+  N* kept = p.preactivation ? static_cast<N*>(p.preactivation) + (frame * p.shape.tokens + k) * width + begin : nullptr;
+  for_each_vector<N>(count, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+    Vec<A> v = load(products + c);
+    if (bias) v += load(bias + c);
+    if (kept) store(kept + c, v);
+    store(features + c, gelu<A>(v).value);
+  });
+}
+
 template <class N, class P>
 void activation(const TokenFeaturesActivation& p) {
-  using A = wide_t<N>;
   const int64_t width = p.shape.width, tokens = p.shape.tokens;
-  const A* bias = static_cast<const A*>(p.bias);
   for_each_block(p.shape, [&](const Block& block) {
-    for (int64_t k = block.begin; k < block.end; ++k) {
-      const P* product = static_cast<const P*>(p.product) + ((block.frame - p.shape.first) * tokens + k) * width;
-      N* features = static_cast<N*>(p.features) + features_at(p.shape, block.frame, k, 2 * width);
-      N* kept = p.preactivation ? static_cast<N*>(p.preactivation) + (block.frame * tokens + k) * width : nullptr;
-      for_each_vector<N>(width, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-        Vec<A> v = load(product + c);
-        if (bias) v += load(bias + c);
-        if (kept) store(kept + c, v);
-        store(features + c, gelu<A>(v).value);
-      });
-    }
+    const P* products = static_cast<const P*>(p.product) + (block.frame - p.shape.first) * tokens * width;
+    for (int64_t k = block.begin; k < block.end; ++k) activate<N>(p, block.frame, k, 0, width, products + k * width);
   });
+}
+
+template <class T, class N>
+void forward(const TokenFeaturesForward& p) {
+  const TokenFeaturesShape& s = p.norm.shape;
+  const int64_t rows = s.count * s.tokens;
+  gemm(
+      Lines{p.weight, s.dim, 1, s.width, s.dim}, rows, s.threads, p.workspace,
+      [&](int64_t row, float* to, float* scratch) {
+        const int64_t count = least(kTileRows, rows - row);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t frame = (row + i) / s.tokens;
+          normalize_token(p.norm, FrameOfTokens<T>(p.norm, frame), frame, (row + i) % s.tokens, scratch + i * s.dim);
+        }
+        pack_panel<kTileRows>(Lines{scratch, s.dim, 1, count, s.dim}, 0, to);
+      },
+      [&](int64_t row, int64_t column, int64_t count, const float* sums, float*) __attribute__((always_inline)) {
+        activate<N>(p.activation, row / s.tokens, row % s.tokens, column, count, sums);
+      },
+      [](int64_t, float*) {});
 }
 
 template <class N, class P>
@@ -182,6 +214,11 @@ void token_features_activation(const TokenFeaturesActivation& p) {
   by_network(p.shape.network, p.shape.product, [&](auto network, auto product) {
     activation<element_t<decltype(network)>, element_t<decltype(product)>>(p);
   });
+}
+
+void token_features_forward(const TokenFeaturesForward& p) {
+  by_narrow_dtypes(p.norm.shape.dtype, p.norm.shape.network,
+                   [&](auto x, auto network) { forward<element_t<decltype(x)>, element_t<decltype(network)>>(p); });
 }
 
 void token_features_activation_backward(const TokenFeaturesActivationBackward& p) {

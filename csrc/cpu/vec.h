@@ -203,6 +203,14 @@ INTI_INLINE void by_two_dtypes(DType first, DType second, const F& f) {
   });
 }
 
+// Likewise where both are computed in float.
+template <class F>
+INTI_INLINE void by_narrow_dtypes(DType first, DType second, const F& f) {
+  by_two_dtypes(first, second, [&](auto a, auto b) {
+    if constexpr (sizeof(wide_t<element_t<decltype(a)>>) == sizeof(float)) f(a, b);
+  });
+}
+
 // Calls f with the Types of a network's numbers and of those that go through its products: the same, or what they are
 // computed in.
 template <class F>

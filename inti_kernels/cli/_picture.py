@@ -87,7 +87,8 @@ def maps_of(
 
 def title(video: str, frames: int, after: Sequence[int]) -> str:
     """What stands above a picture of InTI after these blocks."""
-    blocks = ("block " if len(after) == 1 else "blocks ") + " and ".join(map(str, after))
+    *others, last = map(str, after)
+    blocks = f"blocks {', '.join(others)} and {last}" if others else f"block {last}"
     return f"{video}: {frames} frames made {frames >> len(after)} by InTI after {blocks}"
 
 

@@ -70,7 +70,8 @@ def compress(
     own = dict(options.get(_options_of(method), {}))
     others = {name: dict(value) for name, value in options.items() if name != _options_of(method)}
     if gflops is not None:
-        after, own = cost.setting_for(adapter, gflops, method, own, frames, temporal, others.get(temporal or "", {}))
+        modules = others.get(temporal or "", {})
+        after, own = cost.setting_for(adapter, gflops, method, own, frames, temporal, modules, num_classes)
     halves = method in METHODS and not issubclass(METHODS[method], TokenReduction)
     blocks = _check_after(after, frames, len(adapter.blocks)) if halves else ()
     _check_frames(frames, len(blocks))
@@ -82,6 +83,8 @@ def compress(
     }
     reduction = None if halves or method == "naive" else METHODS[method](adapter, **own)
     modules = None if temporal is None else _temporal(temporal, adapter, reduction, others.get(temporal, {}))
+    if reduction is not None or (modules is not None and any(map(modules.splits, range(1, len(adapter.blocks) + 1)))):
+        adapter.check_parts()
     features = adapter.dim if modules is not None and modules.replaces_head else adapter.out_features
     classifier = None if num_classes is None else _classifier(features, num_classes)
     model = CompressedViT(adapter, frames, insertions, reduction, modules, classifier)

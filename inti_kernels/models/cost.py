@@ -103,8 +103,8 @@ class Tower:
 
     @classmethod
     def of(cls, adapter: Adapter) -> Tower:
-        """Of a real tower: of its blocks by the sizes of their matrices, whatever their MLP is made of; its head is run
-        on tokens without data."""
+        """Of a real tower: of its blocks by the sizes of their matrices, whatever their MLP is made of (attention is two
+        products); its head is run on tokens without data."""
         dim, block = adapter.dim, adapter.blocks[0]
         of_block, of_head = (
             sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
@@ -314,7 +314,7 @@ def setting_for(
     within = [cost for cost in costs if cost[0] <= gflops * 1e9]
     if not within:
         least = min(macs for macs, _, _ in costs) / 1e9
-        raise ValueError(f"gflops={gflops:g} can't be reached by {method} in this tower: the least is {least:.1f}")
+        raise ValueError(f"gflops={gflops:g} can't be reached by {method} in this tower: the least is {least:.4g}")
     _, after, own = max(within, key=lambda cost: cost[0])
     return after, own
 

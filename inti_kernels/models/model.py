@@ -211,8 +211,8 @@ class CompressedViT(nn.Module):
     def _layer(self, number: int, x: Tensor, grid: Grid, state: _State) -> tuple[Tensor, _State]:
         """A block with all that stands in and beside it, checkpointed where the library would."""
         adapter = self.adapter
-        plain = self.reduction is None and (self.temporal is None or not self.temporal.splits(number))
-        if adapter.checkpointing and self.training and not (plain and adapter.blocks_checkpoint_themselves):
+        checkpointed = adapter.blocks_checkpoint_themselves and not self._takes_apart(number)
+        if adapter.checkpointing and self.training and not checkpointed:
             x, reduction = checkpoint(self._block, number, x, grid, state.frames, state.reduction, use_reentrant=False)
         else:
             x, reduction = self._block(number, x, grid, state.frames, state.reduction)
@@ -222,13 +222,25 @@ class CompressedViT(nn.Module):
             temporal = self.temporal.after_block(number, tokens, state.frames, grid, present, temporal)
         return x, _State(state.frames, reduction, temporal)
 
+    def _takes_apart(self, number: int) -> str:
+        """The name of what works inside a block; "" if the block is called as the module that it is."""
+        if self.reduction is not None:
+            return type(self.reduction).__name__
+        splits = self.temporal is not None and self.temporal.splits(number)
+        return type(self.temporal).__name__ if splits else ""
+
     def _block(self, number: int, x: Tensor, grid: Grid, frames: int, reduction: Any) -> tuple[Tensor, Any]:
         adapter, temporal, block = self.adapter, self.temporal, self.adapter.blocks[number - 1]
+        if self._takes_apart(number) and hasattr(block, "unshard"):
+            raise RuntimeError(
+                f"block {number} was sharded by itself (FSDP2), but {self._takes_apart(number)} works inside it, which "
+                "would leave its parameters in pieces: shard the whole model, or the block's attention and MLP"
+            )
         if temporal is not None:
             x = temporal.before_attention(number, x, frames, grid)
         if self.reduction is not None:
             return self.reduction.block(adapter, block, number, x, frames, reduction)
-        if temporal is None or not temporal.splits(number):
+        if not self._takes_apart(number):
             return adapter.run_block(block, x), None
         parts = adapter.parts(block)
         x = x + parts.branch1(parts.attention(parts.norm1(x)))

@@ -20,9 +20,11 @@ struct CpuKernels {
   void (*depthwise_conv3d_backward)(const DepthwiseConv3dBackward&);
   void (*token_features_normalize)(const TokenFeaturesNormalize&);
   void (*token_features_activation)(const TokenFeaturesActivation&);
+  void (*token_features_forward)(const TokenFeaturesForward&);
   void (*token_features_activation_backward)(const TokenFeaturesActivationBackward&);
   void (*token_features_norm_backward)(const TokenFeaturesNormBackward&);
   void (*interpolation_head_forward)(const InterpolationHeadForward&);
+  void (*interpolation_head_network)(const InterpolationHeadNetwork&);
   void (*interpolation_head_backward)(const InterpolationHeadBackward&);
   void (*partial_sums)(const PartialSums&);
   void (*product)(const Product&);

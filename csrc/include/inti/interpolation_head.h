@@ -1,5 +1,6 @@
 // interpolation_head: Linear over [features ; cube + frame_context] → GELU → difference of two logits → interpolation;
-// and back. These are the passes behind the first Linear's matrix products, which are PyTorch's.
+// and back. These are the passes behind the first Linear's matrix products, which are PyTorch's; and forward with the
+// product, where PyTorch's is slow.
 #pragma once
 
 #include "inti/token_blocks.h"
@@ -30,6 +31,17 @@ struct InterpolationHeadForward {
   void* z;               // [batch, frames/2, tokens, dim]
   void* weights;         // network [batch, frames/2, tokens, 2]
   void* difference;      // wide [batch, frames/2, tokens]: of the logits
+};
+
+// With the first Linear's product, in one pass. The network's numbers are float32 or narrower.
+struct InterpolationHeadNetwork {
+  InterpolationHeadForward pass;  // of all pairs, without `product`; without weight2 only the preactivation is written
+  const void* features;           // network [batch, frames/2, tokens, width]
+  const void* cube;               // network [batch, frames/2, tokens, context], or null
+  int64_t width, context;         // context is 0 without a cube
+  const float* weight1;           // [hidden, width + context], rows weight1_pitch apart
+  int64_t weight1_pitch;
+  float* workspace;  // gemm_workspace(hidden, width + context, threads) numbers
 };
 
 struct InterpolationHeadBackward {

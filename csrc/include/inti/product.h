@@ -24,7 +24,7 @@ constexpr int64_t kProductDepth = 800;
 
 // A thread packs as many rows of the first operand at once as make about this many numbers: with the panel they stay in
 // the second cache, where that has 512 KB.
-constexpr int64_t kPackedNumbers = 3 << 14;
+constexpr int64_t kPackedNumbers = 1 << 15;
 
 // In every instruction set tiles have at most these rows, and columns that divide these.
 constexpr int64_t kTileRowsAtMost = 14, kColumnsOfTiles = 32;

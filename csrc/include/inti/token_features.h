@@ -1,5 +1,5 @@
 // token_features: LayerNorm → Linear → GELU of every token, written as concatenated pairs; and back. These are the
-// passes before and after the Linear's matrix products, which are PyTorch's.
+// passes before and after the Linear's matrix products, which are PyTorch's; and all in one, where PyTorch's are slow.
 #pragma once
 
 #include "inti/token_blocks.h"
@@ -36,6 +36,14 @@ struct TokenFeaturesActivation {
   const void* bias;     // wide [width], or null
   void* features;       // network [batch, frames/2, tokens, 2 · width]
   void* preactivation;  // network [batch, frames, tokens, width], or null; may be where `product` is
+};
+
+// Both with the Linear between them, in one pass. The network's numbers are float32 or narrower.
+struct TokenFeaturesForward {
+  TokenFeaturesNormalize norm;         // of all frames; without `normalized`
+  TokenFeaturesActivation activation;  // of all frames; without `product`
+  const float* weight;                 // [width, dim]
+  float* workspace;                    // gemm_workspace(width, dim, threads) numbers
 };
 
 // grad_preactivation = grad_features · GELU'(preactivation).

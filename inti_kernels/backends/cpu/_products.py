@@ -29,7 +29,7 @@ def _mkl_is_slow() -> bool:
 
 BY_ONEDNN = _mkl_is_slow()
 # MKL's way to share a product out over the threads leaves some of them idle there.
-BY_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
+BY_KERNEL = False and torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
 
 
 @lru_cache
@@ -61,7 +61,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """
     if _by_onednn(a):
         return _as_convolution(a, b)
-    if _by_kernel(a):
+    if by_kernel(a.dtype) and a.numel():
         multiply(a, b, out, accumulate=False)
         return out
     return torch.mm(a, b, out=out)
@@ -71,7 +71,7 @@ def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     """to += a·b, of the shapes of :func:`product`."""
     if _by_onednn(a):
         to += _as_convolution(a, b)
-    elif _by_kernel(a):
+    elif by_kernel(a.dtype) and a.numel():
         multiply(a, b, to, accumulate=True)
     else:
         to.addmm_(a, b)
@@ -84,7 +84,7 @@ def add_product_over_rows(to: Tensor, a: Tensor, b: Tensor, first: bool) -> None
         to: [m, n], rows contiguous; of a and b's dtype, or float32 for 16-bit ones.
         a, b: [rows, m] and [rows, n], rows contiguous.
     """
-    if _by_kernel(a):
+    if by_kernel(a.dtype) and a.numel():
         multiply(a.t(), b, to, accumulate=not first)
         return
     if to.dtype == a.dtype and not _by_onednn(a):
@@ -120,9 +120,16 @@ def multiply(a: Tensor, b: Tensor, to: Tensor, *, accumulate: bool) -> None:
     )
 
 
-def _by_kernel(a: Tensor) -> bool:
-    """INTI_CPU may have forced an instruction set by which it is slow."""
-    return BY_KERNEL and a.dtype == torch.float32 and bool(a.numel()) and native.cpu_isa() == "avx2"
+def by_kernel(dtype: torch.dtype) -> bool:
+    """Whether the compiled module multiplies in a dtype. INTI_CPU may have forced an instruction set by which it is
+    slow."""
+    return BY_KERNEL and dtype == torch.float32 and native.cpu_isa() == "avx2"
+
+
+def gemm_workspace(columns: int, depth: int, like: Tensor) -> Tensor:
+    """What the compiled module's kernels that contain a product with a matrix [depth, columns] work in."""
+    size = native.load().gemm_workspace(columns, depth, torch.get_num_threads())
+    return empty((size,), like, torch.float32)
 
 
 def _by_onednn(a: Tensor) -> bool:

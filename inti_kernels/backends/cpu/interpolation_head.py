@@ -1,5 +1,6 @@
 """interpolation_head on the CPU kernels: PyTorch's products of the first Linear, and one pass over the token pairs
-behind them. See csrc/include/inti/interpolation_head.h.
+behind them; or, where those products are slow, one kernel for the whole forward. See
+csrc/include/inti/interpolation_head.h.
 
 Features and cube are multiplied one after the other, into the same sums: their concatenation is never written. What the
 frames' context adds to the first Linear is computed once a frame, not once a token. Products and pass take a part of
@@ -52,23 +53,25 @@ def interpolation_head_forward(
     difference = empty(pairs, features, wide_dtype(features))
     preactivation = empty((*pairs, hidden), features) if keep else None
     wide2, wide_bias2, wide_position = _difference(weight2), _difference(bias2), in_wide_dtype(position, x)
-    for first, count, products in layer.products(preactivation):
-        call(
-            "interpolation_head_forward",
-            **_shape(features, x, weight1, layer.dtype, first, count),
-            product=products,
-            frame_bias=layer.frame_bias,
-            frame_bias_pitch=hidden if layer.frame_bias.dim() == 2 else 0,
-            weight2=wide2,
-            bias2=float(wide_bias2),
-            x=x,
-            x_strides=x.stride()[:3],
-            position=wide_position,
-            preactivation=preactivation,
-            z=z,
-            weights=weights,
-            difference=difference,
-        )
+    behind = {
+        "frame_bias": layer.frame_bias,
+        "frame_bias_pitch": hidden if layer.frame_bias.dim() == 2 else 0,
+        "weight2": wide2,
+        "bias2": float(wide_bias2),
+        "x": x,
+        "x_strides": x.stride()[:3],
+        "position": wide_position,
+        "preactivation": preactivation,
+        "z": z,
+        "weights": weights,
+        "difference": difference,
+    }
+    if _products.by_kernel(layer.dtype):
+        layer.in_one_pass(x.dtype, x.shape[3], **behind)
+    else:
+        for first, count, products in layer.products(preactivation):
+            shape = _shape(features, x, weight1, layer.dtype, first, count)
+            call("interpolation_head_forward", **shape, product=products, **behind)
     if not keep:
         return z, weights, difference.new_empty(0), features.new_empty(0)
     return z, weights, difference, preactivation
@@ -81,6 +84,20 @@ def interpolation_head_preactivation(
     tokens, hidden = features.shape[2], weight1.shape[0]
     layer = _FirstLinear(features, cube, frame_context, weight1, bias1)
     preactivation = empty((*features.shape[:3], hidden), features)
+    if _products.by_kernel(layer.dtype):
+        nothing = dict.fromkeys(("weight2", "x", "position", "z", "weights", "difference"))
+        pitch = hidden if layer.frame_bias.dim() == 2 else 0
+        layer.in_one_pass(
+            features.dtype,
+            0,
+            frame_bias=layer.frame_bias,
+            frame_bias_pitch=pitch,
+            bias2=0.0,
+            x_strides=(0, 0, 0),
+            preactivation=preactivation,
+            **nothing,
+        )
+        return preactivation
     frames = preactivation.view(-1, tokens, hidden)
     for first, count, products in layer.products(preactivation):
         added = layer.frame_bias[first : first + count, None] if layer.frame_bias.dim() == 2 else layer.frame_bias
@@ -217,16 +234,34 @@ class _FirstLinear:
         self, features: Tensor, cube: Tensor | None, frame_context: Tensor | None, weight1: Tensor, bias1: Tensor
     ) -> None:
         self.dtype = _products.product_dtype(features.dtype)
+        self.shape, width = features.shape[:3], features.shape[3]
         self.frames, self.tokens = features.shape[0] * features.shape[1], features.shape[2]
-        self.features, width = features.flatten(0, 2), features.shape[3]
+        self.features = features.flatten(0, 2)
         self.cube = None if cube is None else cube.flatten(0, 2)
-        matrix = weight1.to(self.dtype)
-        self.of_features, self.of_context = matrix[:, :width].t(), matrix[:, width:].t()
+        self.matrix = weight1.to(self.dtype)
+        self.of_features, self.of_context = self.matrix[:, :width].t(), self.matrix[:, width:].t()
         self.frame_bias = in_wide_dtype(bias1, features)
         if frame_context is not None:
             wide = wide_dtype(features)
             of_context = weight1[:, width:].to(wide).t()
             self.frame_bias = torch.addmm(self.frame_bias, frame_context.flatten(0, 1).to(wide), of_context)
+
+    def in_one_pass(self, x_dtype: torch.dtype, dim: int, **behind: object) -> None:
+        """All products and what is behind them, by one kernel."""
+        (batch, pairs, tokens), matrix = self.shape, self.matrix.contiguous()
+        widths = (self.features.shape[1], 0 if self.cube is None else self.cube.shape[1])
+        call(
+            "interpolation_head_network",
+            shape=(batch, 2 * pairs, tokens, dim, matrix.shape[0], 0, self.frames),
+            dtypes=tuple(name_of(d) for d in (x_dtype, self.features.dtype, self.dtype)),
+            widths=widths,
+            features=self.features.contiguous(),
+            cube=None if self.cube is None else self.cube.contiguous(),
+            weight1=matrix,
+            weight1_pitch=matrix.stride(0),
+            workspace=_products.gemm_workspace(matrix.shape[0], sum(widths), matrix),
+            **behind,
+        )
 
     def products(self, preactivation: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
         """(first frame, count, the products [count·N, h] less the frame's bias): inside ``preactivation`` [B, T/2, N,

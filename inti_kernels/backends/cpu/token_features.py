@@ -1,4 +1,5 @@
-"""token_features on the CPU kernels: passes around products of PyTorch's. See csrc/include/inti/token_features.h.
+"""token_features on the CPU kernels: passes around products of PyTorch's or, where those are slow, one kernel for the
+whole forward. See csrc/include/inti/token_features.h.
 
 The passes and products take a part of the frames at a time, so that the normalised tokens never stand in memory whole,
 and what a pass writes is still in a cache when the product reads it.
@@ -25,7 +26,7 @@ from .._arguments import (
 from .._memory import empty
 from . import _products
 from ._call import add_up, call, chunks, largest
-from ._products import add_product_over_rows, product
+from ._products import add_product_over_rows, gemm_workspace, product
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -47,13 +48,43 @@ def token_features_forward(
     features = empty((batch, frames // 2, tokens, 2 * width), weight)
     statistics = empty((batch, frames, tokens, 2), x, wide_dtype(x))
     preactivation = empty((batch, frames, tokens, width), weight) if keep else None
+    norm = _norm(x, position, norm_weight, norm_bias, eps, statistics)
+    wide_bias = in_wide_dtype(bias, weight)
+    if _products.by_kernel(dtype):
+        call(
+            "token_features_forward",
+            **_shape(x, weight, dtype, 0, batch * frames),
+            **norm,
+            weight=weight.to(dtype).contiguous(),
+            bias=wide_bias,
+            features=features,
+            preactivation=preactivation,
+            workspace=gemm_workspace(width, dim, x),
+        )
+    else:
+        _forward_in_passes(x, weight, wide_bias, norm, features, preactivation)
+    if not keep:
+        return features, statistics.new_empty(0), weight.new_empty(0)
+    return features, statistics, preactivation
+
+
+def _forward_in_passes(
+    x: Tensor,
+    weight: Tensor,
+    wide_bias: Tensor,
+    norm: dict[str, object],
+    features: Tensor,
+    preactivation: Tensor | None,
+) -> None:
+    """A part of the frames at a time: normalised, multiplied, activated."""
+    batch, frames, tokens, dim = x.shape
+    keep, width, dtype = preactivation is not None, weight.shape[0], _products.product_dtype(weight.dtype)
     cut = list(chunks(batch * frames, tokens, 2, halve=not keep))
     rows = largest(cut) * tokens
     normalized = empty((rows, dim), weight, dtype)
     # What is kept is written where the product was, if both are of one dtype.
     products = empty((rows, width), weight, dtype) if not keep or dtype != weight.dtype else None
-    norm = _norm(x, position, norm_weight, norm_bias, eps, statistics)
-    matrix, wide_bias = weight.to(dtype).t(), in_wide_dtype(bias, weight)
+    matrix = weight.to(dtype).t()
     for first, count in cut:
         shape, begin, end = _shape(x, weight, dtype, first, count), first * tokens, (first + count) * tokens
         call("token_features_normalize", **shape, **norm, have_statistics=False, normalized=normalized)
@@ -66,9 +97,6 @@ def token_features_forward(
             features=features,
             preactivation=preactivation,
         )
-    if not keep:
-        return features, statistics.new_empty(0), weight.new_empty(0)
-    return features, statistics, preactivation
 
 
 def token_features_activation(preactivation: Tensor) -> Tensor:

@@ -6,7 +6,17 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from ._base import Adapter, BlockParts, Heads, check_patch_dropout, class_is_of, class_of, keeps_methods, pair
+from ._base import (
+    Adapter,
+    BlockParts,
+    Heads,
+    _unchanged,
+    check_patch_dropout,
+    class_is_of,
+    class_of,
+    keeps_methods,
+    pair,
+)
 
 
 class Timm(Adapter):
@@ -57,7 +67,7 @@ class Timm(Adapter):
     def parts(self, block: nn.Module) -> BlockParts:
         self.check_parts()
         attn = block.attn
-        norm = getattr(attn, "norm", nn.Identity())  # older timm has none
+        norm = getattr(attn, "norm", _unchanged)  # older timm has none
 
         def qkv(x: Tensor) -> Heads:
             q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -194,7 +194,7 @@ class TransformersDINOv2(_Transformers):
             attention=lambda x: _first(block.attention(x)),
             qkv=qkv,
             project=(lambda y: block.attention.output(y, y)) if nested else attn.o_proj,
-            scale=attn.scaling,
+            scale=attn.attention_head_size**-0.5 if nested else attn.scaling,
             norm2=block.norm2,
             mlp=block.mlp,
             branch1=lambda y: block.drop_path(block.layer_scale1(y)),

@@ -41,7 +41,7 @@ def kept_patches(features: Tensor, semantics: Tensor, dropped: int) -> Tensor:
     first = match(features[:, 0], dropped)
     in_second = torch.arange(features.shape[2] // 2, device=features.device).expand(features.shape[0], -1)
     kept = [torch.cat((2 * first.stay, 2 * in_second + 1), dim=1).sort(dim=1).values]
-    redundancy = torch.full_like(semantics[:, 0, :count], 1 / count)  # of the patches kept last, [B, count]
+    redundancy = torch.ones_like(semantics[:, 0, :count])  # of the patches kept last, [B, count]
     for frame in range(1, features.shape[1]):
         here = features[:, frame]
         before = features[:, frame - 1].gather(1, rows(kept[-1], features[:, 0]))
@@ -51,7 +51,6 @@ def kept_patches(features: Tensor, semantics: Tensor, dropped: int) -> Tensor:
         scores = passed * (1 - semantics[:, frame])
         kept.append(order(scores)[:, :count].sort(dim=1).values)
         redundancy = passed.gather(1, kept[-1])
-        redundancy = redundancy / redundancy.sum(dim=1, keepdim=True)
     return torch.stack(kept, dim=1)
 
 
@@ -63,7 +62,7 @@ class STA(TokenReduction):
 
     * Redundancy accumulates from frame to frame as a Markov chain: a patch that was kept in the frame before passes its
       own on to the patches of this frame, by a softmax over them of the cosines with their keys (mean over the heads).
-      What is new in a frame gets little. What was kept is scaled to the sum 1 and goes on.
+      What is new in a frame gets little.
     * Semantics is the activation map: the sum of the block's output over absolute channels, from 0 to 1 in each frame.
     * The frame that the chain starts from has none before it: it loses those that bipartite matching
       (:class:`ToMe`) finds most like others of the same frame, at most every second one, and starts the chain evenly.
