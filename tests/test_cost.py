@@ -34,6 +34,15 @@ VIT_L = Tower(1024, 24, (14, 14), (224, 224), features=0)
 CONTEXTS = {(): 0, ("cube",): 5, ("frame",): 0, ("global",): 1, ("frame", "global"): 5, LEVELS: 1}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What is run here is small: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def macs_of(run) -> int:
     """Of a call on tensors without data."""
     with FlopCounterMode(display=False) as counter:
@@ -177,11 +186,12 @@ def tiny() -> nn.Module:
         return _clip.build_tower("vit_tiny")
 
 
-@pytest.mark.parametrize("temporal", TEMPORAL)
-@pytest.mark.parametrize("method", METHODS)
+# Modules inside the blocks need the grid of patches that ToMe and STA don't leave.
+MODELS = [(m, t) for m in METHODS for t in TEMPORAL if m not in ("tome", "sta") or t in ("none", "global")]
+
+
+@pytest.mark.parametrize(("method", "temporal"), MODELS)
 def test_formula_and_count_agree(tiny, method, temporal) -> None:
-    if method in ("tome", "sta") and temporal not in ("none", "global"):
-        pytest.skip("refused: no grid of patches is left in the blocks")
     # A classifier on the tower's features and on those of temporal modules, and none.
     classes = None if temporal in ("none", "double") else 7
     arguments = {"num_classes": classes, **METHODS[method], **TEMPORAL[temporal]}
@@ -301,7 +311,11 @@ def test_the_costliest_setting_within_a_budget(tiny, method, temporal) -> None:
     assert (within, found["settings"]["after"], found["settings"].get(method, {})) in choices
     # To the multiply-accumulate.
     assert command.price(tiny, **arguments, gflops=within / 1e9)["macs"] == within
-    assert command.price(tiny, **arguments, gflops=(within - 1) / 1e9)["macs"] < within
+    if cheaper := [macs for macs, *_ in choices if macs < within]:
+        assert command.price(tiny, **arguments, gflops=(within - 1) / 1e9)["macs"] == max(cheaper)
+    else:
+        with pytest.raises(ValueError, match="the least is"):
+            command.price(tiny, **arguments, gflops=(within - 1) / 1e9)
 
 
 @pytest.mark.parametrize("method", ["naive", "inti", "tome"])

@@ -100,6 +100,8 @@ def test_torch_func_grad() -> None:
     context=st.sampled_from(CONTEXTS),
     prefix=st.sampled_from((0, 1, 5)),
     # In float32 the ops of the chain are held to their bounds one by one, and the module in test_cuda_emulated.py.
+    # Here plain PyTorch that adds up in another order is over the bound of a maximum about as often as the kernels are,
+    # and their RMS errors are below plain PyTorch's.
     dtype=op_suite.sizes(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from(DTYPES[1:])),
     position=st.booleans(),
     layout=st.sampled_from((None, "sequence first", "an offset and a wider row", "a slice of the tokens")),

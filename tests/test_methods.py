@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_tower import DIM, FRAMES, HEADS, ToyAdapter, run, tokens
 
 from inti_kernels.models import TokenReduction
-from inti_kernels.models.methods import METHODS, STA, ToMe
+from inti_kernels.models.methods import METHODS, STA, ToMe, insertion_choices
 from inti_kernels.models.methods.tome import match, order
 
 
@@ -156,3 +156,9 @@ def test_choices_go_from_the_costliest_to_the_cheapest(name: str) -> None:
         costs.append(sum(map(sum, pairs)))
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < costs[0] / 2
+
+
+def test_choices_have_the_places_of_the_paper() -> None:
+    for blocks, places in ((12, [(3, 5), (5, 7), (7, 9)]), (24, [(6, 10), (10, 14), (14, 18)])):
+        choices = [choice["after"] for choice in insertion_choices(blocks, 197, 1)]
+        assert set(places) < set(choices)

@@ -51,7 +51,7 @@ INTI_INLINE Power exponential(const Vec<float>& high, const Vec<float>& low) {
 
 // Φ(-t) = exp(-t²/2)·R(t) for t ≥ 0, with R(t)·(1 + t/4) a polynomial in w = 1 / (1 + t/4): both tails keep their
 // digits, which 1 + erf would lose. What its steps of full size round off is put right at the end. Φ and φ are within
-// 2 ulp where they are normal numbers (Φ within 1.4 above 0); from -13 on both are 0. NaN stays NaN.
+// 2 ulp where they are normal numbers (Φ within 1.3 above 0); from -13 on both are 0. NaN stays NaN.
 INTI_INLINE Normal<float> normal(const Vec<float>& x) {
   Vec<float> t = bits_as<Vec<float>>(bits_as<Uint32s>(x) & 0x7fffffff);
   t = t > 14.0f ? Vec<float>{} + 14.0f : t;  // a comparison with NaN is false
@@ -60,18 +60,17 @@ INTI_INLINE Normal<float> normal(const Vec<float>& x) {
   const Power e = exponential(-0.5f * high * high, -0.5f * (t - high) * (t + high));
   const Vec<float> scale = t > 13.0f ? Vec<float>{} : e.scale;
 
-  const Vec<float> d = 0.25f * t + 1.0f, w = 1.0f / d, v = w - 0x1.119p-1f;
-  Vec<float> ratio = v * 0x1.0751d6p-6f + 0x1.1dbdf2p-6f;
-  ratio = ratio * v - 0x1.7c3486p-5f;
-  ratio = ratio * v - 0x1.165116p-4f;
-  ratio = ratio * v + 0x1.84aa1ap-5f;
-  ratio = ratio * v + 0x1.00e7eep-2f;
-  ratio = ratio * v + 0x1.a09f44p-2f;
-  ratio = ratio * v + 0x1.b5821ap-2f;
-  ratio = ratio * v + 0x1.53d404p-2f;
-  const Vec<float> sum = ratio * v + 0x1.9905d4p-3f;
-  // What is missing to the sum, and to w as a share, of which R has 0.66 + 2.41·w times as much.
-  const Vec<float> of_sum = -less_product(sum - 0x1.9905d4p-3f, ratio, v);
+  const Vec<float> d = 0.25f * t + 1.0f, w = 1.0f / d, v = w - 0x1.f3p-2f;
+  Vec<float> ratio = v * 0x1.0a87c4p-6f + 0x1.598b68p-7f;
+  ratio = ratio * v - 0x1.a8236ep-5f;
+  ratio = ratio * v - 0x1.a77ee6p-5f;
+  ratio = ratio * v + 0x1.07a622p-4f;
+  ratio = ratio * v + 0x1.e6b75cp-3f;
+  ratio = ratio * v + 0x1.718928p-2f;
+  ratio = ratio * v + 0x1.7e1e1cp-2f;
+  const Vec<float> inner = ratio * v + 0x1.2d5c36p-2f, sum = inner * v + 0x1.7aedf8p-3f;
+  // What is missing to the two sums; to w as a share, of which R has 0.66 + 2.41·w times as much; and to R.
+  const Vec<float> of_sum = v * (0x1.2d5c36p-2f - inner + ratio * v) - less_product(sum - 0x1.7aedf8p-3f, inner, v);
   const Vec<float> of_w = less_product(Vec<float>{} + 1.0f, d, w) - (0.25f * t - (d - 1.0f)) * w;
   const Vec<float> r = sum * w, of_r = r * ((w * 2.41f + 0.66f) * of_w) + (of_sum * w - less_product(r, sum, w));
   const Vec<float> more = e.large + e.small, power = more + 1.0f;

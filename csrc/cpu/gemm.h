@@ -23,7 +23,7 @@ constexpr int kTileColumns = kTileVectors * kLanes<float>;
 
 // Terms that are added up in one go; sums of sums lose less than one long sum. Of all cuts the only one that the bits
 // of a result depend on.
-constexpr int64_t kTerms = 400;
+constexpr int64_t kTerms = 192;
 
 // Rows of a block, where they are short.
 constexpr int64_t kRowsAtMost = 168;

@@ -103,8 +103,8 @@ class Tower:
 
     @classmethod
     def of(cls, adapter: Adapter) -> Tower:
-        """Of a real tower: of its blocks by the sizes of their matrices, whatever their MLP is made of (attention is two
-        products); its head is run on tokens without data."""
+        """Of a real tower: of its blocks by the sizes of their matrices, whatever their MLP is made of (attention being
+        two products); its head is run on tokens without data."""
         dim, block = adapter.dim, adapter.blocks[0]
         of_block, of_head = (
             sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
@@ -302,7 +302,7 @@ def setting_for(
         features = adapter.dim if replaced else adapter.out_features
         classifier = None if classes is None else (features, classes)
         for choice in by_setting:
-            after, own = choice.get("after", ()), options | {k: v for k, v in choice.items() if k != "after"}
+            after, own = choice.get("after", ()), {**options, **{k: v for k, v in choice.items() if k != "after"}}
             insertions = {
                 number: kind(adapter.dim, frames >> level, **sizes, **own) for level, number in enumerate(after)
             }

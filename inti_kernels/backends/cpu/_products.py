@@ -29,7 +29,7 @@ def _mkl_is_slow() -> bool:
 
 BY_ONEDNN = _mkl_is_slow()
 # MKL's way to share a product out over the threads leaves some of them idle there.
-BY_KERNEL = False and torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
+BY_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
 
 
 @lru_cache
