@@ -2,8 +2,8 @@
 
 ``InTI`` is the reference module in plain PyTorch, ``FusedInTI`` the drop-in on this package's kernels; ``fuse(model)``
 swaps one for the other. ``compress(vision_model)`` makes a compressive video model of a CLIP of another library.
-``ops`` has the functions beneath, ``use_backend`` chooses what runs them. Nothing compiled is loaded before the first op
-runs. ``python -m inti_kernels info`` says what this machine can do.
+``ops`` has the functions beneath, ``use_backend`` chooses what runs them. Nothing compiled is loaded before the first
+op runs. ``python -m inti_kernels info`` says what this machine can do.
 """
 
 from . import ops, reference

@@ -36,8 +36,8 @@ HELD = ("registers", "spilled", "shared")  # at most the budget's
 KEPT = ("hmma", "wide_loads", "wide_stores")  # at least the budget's
 # What a simulator of PTX, and a reader of a budget of registers, count on: nothing is called, nothing kept in memory.
 NOT_INLINED = r"^\s*(?:@!?%p\d+\s+)?(call|mma\.sync|\.local|\.func)\b"
-# Kernels that write sums, a number a thread, and no tokens; a thread whose four columns are 8 bytes.
-NARROW_STORES = ("backward_weight", "fma_kernel<inti::bfloat16")
+# Kernels with a thread whose four columns are 8 bytes.
+NARROW_STORES = ("fma_kernel<inti::bfloat16",)
 CHUNK = 6  # kernels that one call of NVRTC compiles: reading the headers costs about as much as one
 BYTES = {"inti::float16": 2, "inti::bfloat16": 2, "float": 4, "double": 8}
 KERNEL = re.compile(r"^[0-9a-f]+ [Wt] void (inti::cuda::\w+_kernel<.*>)\(", re.MULTILINE)

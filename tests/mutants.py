@@ -227,19 +227,21 @@ MUTANTS = {
     + _mutants(
         "csrc/cuda/depthwise_conv3d_sums.h",
         ("a warp's strips are written before they are exchanged", "      __syncwarp();\n#pragma unroll", "#pragma unroll"),
-        ("the taps aren't turned", "TURNED ? 3 * SPACE * SPACE - 1 - tap : tap", "tap"),
         ("the buffer is overwritten", "sum[k] += old[k];", ";"),
         ("a prefix token is left unwritten", "const int per_frame = prefix * kVectors;", "const int per_frame = prefix * kVectors - kVectors;"),
         ("patches off the grid count in the position's sums", "sum += place.inside(p) ? sums.at[p][c] : 0;", "sum += sums.at[p][c];"),
     )
     + _mutants(
-        "csrc/cuda/depthwise_conv3d_weight.h",
-        ("a bias's gradient counts an output twice", "    arrive();\n    shift(0, 1);", "    arrive();\n    arrive();\n    shift(0, 1);"),
+        "csrc/cuda/depthwise_conv3d_backward.h",
+        ("the taps aren't turned", "return 3 * SPACE * SPACE - 1 - ((time * SPACE + h) * SPACE + w);", "return (time * SPACE + h) * SPACE + w;"),
+        ("a bias's gradient counts the outputs of other runs", "if (h != SPACE / 2 || !owned) continue;", "if (h != SPACE / 2) continue;"),
+        ("the weight's gradient knows nothing of the position", "numbers[c] + rows[n][c]", "numbers[c]"),
+        ("a missing barrier: the weight's sums overwrite what a strip is written by", "  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;\n  __syncthreads();\n", "  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;\n"),
+        ("the gradient of the frame before is dropped", "if (STRIDE == 1 && begin > 0) --begin;", ";"),
     )
     + _mutants(
         "csrc/cuda/depthwise_conv3d.cu",
         ("the run's last frame is dropped", "if (STRIDE == 1 && place.last == p.frames) writer.write(at", "if (false) writer.write(at"),
-        ("the gradient of the frame before is dropped", "if (STRIDE == 1 && begin > 0) --begin;", ";"),
     ),
     "cuda token_features": _mutants(
         "csrc/cuda/gemm.h",

@@ -137,25 +137,26 @@ def _convolution(dtype: str, which: str, patches: int, space: int, stride: int) 
     slab, taps = slabs[item == 4], 3 * space * space
     channels = slab // lanes
     side = 14 if patches == 7 else 16
-    feed = space * space * patches * channels  # FFMA of a frame's tile by the taps of one time step
-    forward, to_x = which == "forward", which == "backward_x"
+    forward, whole = which == "forward", which == "backward"
+    # FFMA of a frame's tile by the taps of one time step, and by as many of the weight's sums
+    feed = space * space * patches * channels * (2 if whole else 1)
 
     def launch(size: Size) -> Launch:
-        rows, strips, tiles, slabs, run, runs, threads, shared, shared_weight = fact(
+        rows, strips, tiles, slabs, run, runs, threads, shared, shared_whole = fact(
             "convolution", item, patches, space, stride, *size.key
         )
         x = size.batch * size.frames * size.tokens * size.dim
         y = x // stride
         position = size.frames * size.dim * 4
-        least = (x + y) * item + position + size.dim * taps * item
+        least = ((2 * x if whole else x) + y) * item + (position + size.dim * taps * item) * (2 if whole else 1)
         # The frames that open and end a run, as parts of an iteration by the products that they take. The clip's own
         # ends have none.
-        extra = {1: 1.0, 2: 1 / 3}[stride] * (1 if which != "backward_weight" else 2)
+        extra = {1: 1.0, 2: 1 / 3}[stride]
         walked = run + extra * (1 - 1 / runs)
         vectors = min(rows, size.side) * min(strips * patches, size.side) * slab * item // 16
-        outputs = x if to_x else y
+        outputs = y if forward else x
         return Launch(
-            size.batch * slabs * tiles * runs, threads, shared if forward or to_x else shared_weight, run, walked,
+            size.batch * slabs * tiles * runs, threads, shared_whole if whole else shared, run, walked,
             outputs, least, vectors / threads,
         )  # fmt: skip
 
@@ -165,23 +166,25 @@ def _convolution(dtype: str, which: str, patches: int, space: int, stride: int) 
     steps: tuple[Mapping[str, int], ...]
     if forward and stride == 2:
         steps = ({"FFMA": feed, "STG.128": 0, **staged}, {"FFMA": 2 * feed, **stores, **staged})
-    elif to_x and stride == 2:
-        steps = ({"FFMA": 3 * feed, "STG.128": 2 * stores["STG.128"], **staged},)
     elif stride == 2:
-        steps = ({"FFMA": feed, **staged}, {"FFMA": 2 * feed, **staged})
+        steps = ({"FFMA": 3 * feed, "STG.128": 2 * stores["STG.128"], **staged},)
     else:
-        steps = ({"FFMA": 3 * feed, **staged, **({} if which == "backward_weight" else stores)},)
+        steps = ({"FFMA": 3 * feed, **stores, **staged},)
+    direction = "forward" if forward else "backward"
+    arguments = f"{_cpp(dtype)}, {vector}, {patches}, {space}, {stride}"
+    if not forward:
+        arguments += f", {str(whole).lower()}"
     kernel = "3×3×3" if space == 3 else "3×1×1"
     return Model(
         f"depthwise_conv3d {kernel} / {stride} {which.replace('_', ' to ')}, {dtype}, P = {patches}",
         "depthwise_conv3d.cu",
-        f"inti::cuda::depthwise_conv3d_{which}_kernel<{_cpp(dtype)}, {vector}, {patches}, {space}, {stride}>",
+        f"inti::cuda::depthwise_conv3d_{direction}_kernel<{arguments}>",
         steps,
         launch,
         sizes=tuple(size for size in SIZES if size.side == side or item == 4 or space == 1),
         avoid=r"\bold\b",
         trips={r"int h = 0; h < SPACE": space},
-        cached="position|added",
+        cached=r"position|added|\bold\b",  # and what is predicated off
         bandwidth=0.70,
     )
 
@@ -299,7 +302,7 @@ def models() -> Iterator[Model]:
     for dtype in DTYPES:
         for space, stride in ((3, 2), (3, 1), (1, 1)):
             for patches in (7, 8) if dtype == "float16" and space == 3 else (8,):
-                for which in ("forward", "backward_x", "backward_weight"):
+                for which in ("forward", "backward_x", "backward"):
                     yield _convolution(dtype, which, patches, space, stride)
     for dtype in DTYPES:
         yield _product("token_features", dtype)

@@ -23,7 +23,7 @@ void convolution(const Size& s, int stride) {
   const Layout<T, 16 / sizeof(T), P, SPACE> layout(t);
   std::printf("convolution_%zu_%d_%d_%d_%d_%d_%d_%d %d %d %d %d %d %d %d %d %d\n", sizeof(T), P, SPACE, stride, s.dim,
               s.side, s.batch, s.frames, t.rows, t.strips, t.tiles, t.slabs, t.run, t.runs, t.threads, layout.bytes,
-              weight_bytes<T, 16 / sizeof(T), P, SPACE>(t));
+              backward_bytes<T, 16 / sizeof(T), P, SPACE, true>(t));
 }
 
 template <class Tile>

@@ -10,8 +10,7 @@ template <class T, int P, int SPACE>
 struct Row {
   static constexpr int C = kChannelsPerThread<T>;
   Wide<T> at[P + SPACE - 1][C];
-  template <class S>  // T or its wide type
-  __device__ __forceinline__ explicit Row(Shared<S> row) {
+  __device__ __forceinline__ explicit Row(Shared<T> row) {
 #pragma unroll
     for (int p = 0; p < P + SPACE - 1; ++p) {
       const auto values = widen(load<C>(row + p * kSlab<T>));
@@ -37,8 +36,8 @@ struct Sums {
 
 // Adds a frame's tile, by the taps of one time step each, to N outputs.
 // tile: at the strip's first patch and channel; taps: [3·SPACE·SPACE, kSlab] at the thread's first channel; times: the
-// time taps; turned: the taps are read from the last to the first, as the gradient of x wants them.
-template <int P, int SPACE, bool TURNED, int N, class T>
+// time taps.
+template <int P, int SPACE, int N, class T>
 __device__ __forceinline__ void feed(Shared<T> tile, int pitch, Shared<Wide<T>> taps, const int (&times)[N],
                                      Sums<T, P>* const (&sums)[N]) {
   constexpr int C = kChannelsPerThread<T>;
@@ -51,7 +50,7 @@ __device__ __forceinline__ void feed(Shared<T> tile, int pitch, Shared<Wide<T>> 
 #pragma unroll
       for (int w = 0; w < SPACE; ++w) {
         const int tap = (times[n] * SPACE + h) * SPACE + w;
-        const auto weight = load<C>(taps + (TURNED ? 3 * SPACE * SPACE - 1 - tap : tap) * kSlab<T>);
+        const auto weight = load<C>(taps + tap * kSlab<T>);
 #pragma unroll
         for (int p = 0; p < P; ++p) {
 #pragma unroll

@@ -25,6 +25,11 @@ constexpr int kMostStrips = sizeof(T) == 8 ? 16 : 32;
 template <class T>
 constexpr int kMostAcross = kMostStrips<T> / kLeastRows;
 
+// 256 threads, 2 blocks an SM (128 registers; float64, for gradient checks, and unaligned rows take what they need): 16
+// warps, whose next frame's 16-byte loads, two or three a thread, are under way while they compute: 12 KiB and more.
+template <class T, int V>
+constexpr int kBlocks = sizeof(T) == 8 || V == 1 ? 1 : 2;
+
 // How patches, channels and frames are shared out; the same for all threads of a launch.
 struct Tiling {
   int rows, strips;   // of a tile: rows high, strips of P patches side by side
@@ -121,8 +126,8 @@ constexpr int kItems = V == 1 ? 1 : kSlab<T> / V * 3 / 2;
 template <class T, int V, int P>
 constexpr int kSteps = V == 1 ? 1 : (32 / kLanes * P * kSlab<T> / V + 31) / 32;
 
-// The parts of a block's shared memory, by byte offsets. S: what tiles are kept in, T or its wide type.
-template <class T, int V, int P, int SPACE, class S = T>
+// The parts of a block's shared memory, by byte offsets.
+template <class T, int V, int P, int SPACE>
 struct Layout {
   int taps;      // [3·SPACE·SPACE + 1, kSlab], wide
   int sums;      // [warps, kSlab], wide
@@ -140,16 +145,16 @@ struct Layout {
     offsets = sums + tiling.threads / 32 * kSlab<T> * kWide;
     places = offsets + (kSteps<T, V, P> + kItems<T, V>)*tiling.threads * 8;
     tiles = places + kItems<T, V> * tiling.threads * 4;
-    exchange = tiles + 2 * tile * static_cast<int>(sizeof(S));
+    exchange = tiles + 2 * tile * kNumber;
     bytes = exchange + tiling.threads / kLanes * kStripPitch<T, P> * kNumber;
   }
 };
 
 // Brings the patches of one frame into shared memory, [rows + SPACE - 1, pitch, kSlab]; what lies outside the grid
 // stays as clear() leaves it, zero. With V of 16 bytes a thread has at most kItems of them, which it fetches into
-// registers before it computes, and puts down after; single elements go straight through. S: what the tile is kept in;
-// with T, what is added of the position is rounded, as the reference does, with its wide type it isn't.
-template <class T, int V, int P, int SPACE, class S = T>
+// registers before it computes, and puts down after; single elements go straight through. The sum with the position is
+// rounded, as the reference does.
+template <class T, int V, int P, int SPACE>
 struct Stager {
   static constexpr int kVectors = kSlab<T> / V, kItems = inti::cuda::kItems<T, V>;
 
@@ -164,7 +169,7 @@ struct Stager {
   Loaded<T, V> held[kItems];
 
   __device__ __forceinline__ Stager(const Place<T, P>& place, const Tiling& tiling, Frames<T> frames,
-                                    const Wide<T>* position, int64_t dim, const Layout<T, V, P, SPACE, S>& layout)
+                                    const Wide<T>* position, int64_t dim, const Layout<T, V, P, SPACE>& layout)
       : frames(frames),
         position(position),
         position_step(dim),
@@ -192,8 +197,8 @@ struct Stager {
       }
     }
   }
-  __device__ __forceinline__ static void clear(Shared<S> buffers, int elements) {
-    for (int i = threadIdx.x; i < elements; i += blockDim.x) store(buffers + i, S{});
+  __device__ __forceinline__ static void clear(Shared<T> buffers, int elements) {
+    for (int i = threadIdx.x; i < elements; i += blockDim.x) store(buffers + i, T{});
   }
   // Vectors are numbered along the slab's channels, then the patches that are loaded.
   __device__ __forceinline__ int items() const { return rows * columns * kVectors; }
@@ -210,28 +215,12 @@ struct Stager {
   __device__ __forceinline__ Vec<Wide<T>, V> position_of(int frame) const {
     return load_wide<V>(position + frame * position_step + channel());
   }
-  __device__ __forceinline__ void keep(Shared<S> at, const Vec<T, V>& value, const Vec<Wide<T>, V>& row) const {
-    constexpr bool kAsLoaded = sizeof(S) == sizeof(T);
-    if constexpr (kAsLoaded) {
-      if (!position) return store(at, value);
-    }
+  __device__ __forceinline__ void keep(Shared<T> at, const Vec<T, V>& value, const Vec<Wide<T>, V>& row) const {
+    if (!position) return store(at, value);
     Vec<Wide<T>, V> sum = widen(value);
-    if (position) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) sum[k] += row[k];
-    }
-    if constexpr (kAsLoaded) {
-      store(at, narrow<T>(sum));
-    } else {
-      constexpr int step = V * sizeof(S) > 16 ? 16 / sizeof(S) : V;
-#pragma unroll
-      for (int i = 0; i < V; i += step) {
-        Vec<S, step> part;
-#pragma unroll
-        for (int k = 0; k < step; ++k) part[k] = sum[i + k];
-        store(at + i, part);
-      }
-    }
+    for (int k = 0; k < V; ++k) sum[k] += row[k];
+    store(at, narrow<T>(sum));
   }
 
   __device__ __forceinline__ void fetch(int frame) {
@@ -244,7 +233,7 @@ struct Stager {
       }
     }
   }
-  __device__ __forceinline__ void put(Shared<S> buffer, int frame) const {
+  __device__ __forceinline__ void put(Shared<T> buffer, int frame) const {
     Vec<Wide<T>, V> row;
     const bool exists = channel() < channels;
     if (position && exists) row = position_of(frame);
@@ -267,8 +256,8 @@ struct Stager {
 
 // Calls body(frame, buffer) for each frame of [begin, end) in order, the frame's tile lying in `buffer`.
 // `size`: elements of a buffer, of which there are two.
-template <class Frames, class S, class Body>
-__device__ __forceinline__ void walk(Frames& stager, Shared<S> buffers, int size, int begin, int end, Body body) {
+template <class Frames, class T, class Body>
+__device__ __forceinline__ void walk(Frames& stager, Shared<T> buffers, int size, int begin, int end, Body body) {
   Frames::clear(buffers, 2 * size);
   stager.fetch(begin);
   __syncthreads();
@@ -291,12 +280,13 @@ inline int strip_patches(int64_t width, bool seven_built) {
   return seven_built && of_seven < of_eight ? 7 : 8;
 }
 
-// Shared memory of the weight's backward: tiles, and when they are done with, every warp's sums.
-template <class T, int V, int P, int SPACE>
-int weight_bytes(const Tiling& t) {
+// Shared memory of a backward's block: as laid out, and where the weight's is wanted, when all else is done with, every
+// warp's sums.
+template <class T, int V, int P, int SPACE, bool WEIGHT>
+int backward_bytes(const Tiling& t) {
   const int sums = t.threads / 32 * (3 * SPACE * SPACE + 1) * kSlab<T> * static_cast<int>(sizeof(Wide<T>));
-  const int tiles = Layout<T, V, P, SPACE, Wide<T>>(t).exchange;
-  return sums > tiles ? sums : tiles;
+  const int walk = Layout<T, V, P, SPACE>(t).bytes;
+  return WEIGHT && sums > walk ? sums : walk;
 }
 
 // The run is as long as leaves kConvolutionBlocks blocks: frames at its ends are read twice.
