@@ -42,7 +42,9 @@ needs_kernels = pytest.mark.skipif(not kernels_run_here(), reason="no kernel can
 # The command line itself
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["info", "--loudly"], ["bench", "--grid", "14"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [[], ["sing"], ["info", "--loudly"], ["bench", "--grid", "14"], ["cost", "--after", "5 7"]], ids=str
+)
 def test_arguments_that_do_not_parse_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -415,7 +417,6 @@ def test_no_line_through_sizes_that_were_not_timed():
 @needs_kernels
 @pytest.mark.slow
 def test_bench_of_a_whole_model(tmp_path, capsys):
-    pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "model.json", tmp_path / "model.png"
     files = ["--json", str(path), "--plot", str(picture)]
@@ -439,17 +440,18 @@ def test_bench_of_a_whole_model(tmp_path, capsys):
     macs = {row["contender"]: row["macs"] for row in rows}
     assert macs["mean"] == macs["LinearPooling"] < macs["InTI"] == macs["FusedInTI"] < macs["Naive"]
     assert all(0.9 * macs["InTI"] < macs[way] <= macs["InTI"] for way in ("ToMe", "STA"))
+    assert all(row["over_budget"] == row["macs"] / macs["InTI"] for row in rows)
     block, embedding = 17 * 12 * 32**2 + 2 * 17**2 * 32, 16 * 3 * 16**2 * 32
     expected = (embedding + (1 + 1 / 2 + 2 / 4) * block) / (embedding + 4 * block)
     assert macs["mean"] / macs["Naive"] == pytest.approx(expected, abs=0.005)
     captured = capsys.readouterr()
     assert "÷ Naive" in captured.out
+    assert "GMAC ÷ InTI" in captured.out
     assert "The matrix products of this run take" in captured.err
 
 
 @needs_kernels
 def test_bench_times_no_model_with_a_kernel_that_is_wrong(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("transformers")
     right = ops.inti
     monkeypatch.setattr(ops, "inti", lambda *args, **kwargs: tuple(1.01 * out for out in right(*args, **kwargs)))
     path = tmp_path / "model.json"

@@ -6,6 +6,9 @@ import copy
 import io
 from collections.abc import Callable, Sequence
 
+import onnxruntime
+import open_clip
+import peft
 import pytest
 import torch
 import towers
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 import inti_kernels
 from inti_kernels import FusedInTI, InTI, compress
-from inti_kernels.models import CompressedViT
+from inti_kernels.models import CompressedViT, cost
 from inti_kernels.testing import randomize
 
 FRAMES, AFTER = 4, (1, 3)
@@ -28,7 +31,8 @@ def video(name: str, clips: int = 2, frames: int = FRAMES) -> Tensor:
 
 
 def compressed(name: str, method: str = "inti", **options) -> CompressedViT:
-    return compress(towers.build(name), FRAMES, AFTER, method, **{**SETTINGS.get(method, {}), **options})
+    after = {} if method in ("naive", "tome", "sta") else {"after": AFTER}
+    return compress(towers.build(name), FRAMES, method=method, **{**after, **SETTINGS.get(method, {}), **options})
 
 
 def randomized(model: CompressedViT) -> CompressedViT:
@@ -81,30 +85,38 @@ def test_every_method_trains(name: str, method: str) -> None:
     assert max(backbone) > 0
 
 
-@pytest.mark.parametrize("temporal", ["uniformer_v2", "st_adapter"])
+@pytest.mark.parametrize(
+    ("temporal", "options"),
+    [
+        ("uniformer_v2", {"global_blocks": 2, "dropout": 0.0}),
+        ("uniformer_v2", {"global_blocks": 1, "dropout": 0.0, "local": "double"}),
+        ("st_adapter", {"width": 8}),
+        ("st_adapter", {"width": 8, "before": "mlp"}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_with_temporal_modules(method: str, temporal: str) -> None:
-    options = {"uniformer_v2": {"global_blocks": 2, "dropout": 0.0}, "st_adapter": {"width": 8}}[temporal]
-    if temporal == "st_adapter" and method in ("tome", "sta"):
-        with pytest.raises(ValueError, match="grid of patches"):
-            compressed("open_clip", method, temporal=temporal, **{temporal: options})
-        return
+def test_every_method_with_temporal_modules(method: str, temporal: str, options: dict) -> None:
     model = randomized(compressed("open_clip", method, temporal=temporal, num_classes=3, **{temporal: options}))
     model.train()(video("open_clip")).square().mean().backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
+    # Behind the last attention the class token no longer sees the patches, which an adapter works on.
+    unseen = f"adapters.{towers.BLOCKS - 1}." if options.get("before") == "mlp" else "none"
     for key, parameter in model.temporal.named_parameters():
-        assert parameter.grad.any(), key
+        assert parameter.grad.any() != key.startswith(unseen), key
 
 
-def test_temporal_modules_start_as_nothing() -> None:
+@pytest.mark.parametrize("method", ["inti", "tome", "sta"])
+def test_temporal_modules_start_as_nothing(method: str) -> None:
     """ST-Adapters, and UniFormerV2's local modules, leave a tower as it was until they are trained."""
     clips = video("timm")
-    plain = compressed("timm")(clips)
+    plain = compressed("timm", method)(clips)
     for place in ("attention", "mlp"):
-        model = compressed("timm", temporal="st_adapter", st_adapter={"width": 8, "before": place})
+        model = compressed("timm", method, temporal="st_adapter", st_adapter={"width": 8, "before": place})
         assert torch.equal(model(clips), plain)
-    model = compressed("timm", temporal="uniformer_v2", uniformer_v2={"global_blocks": 0, "local": "double"})
+    options = {"global_blocks": 0, "local": "double"}
+    model = compressed("timm", method, temporal="uniformer_v2", uniformer_v2=options)
     assert torch.equal(model(clips), plain)
 
 
@@ -145,19 +157,31 @@ def test_a_checkpoint_gives_the_same_scores(name: str) -> None:
         assert torch.equal(again(video(name)), model(video(name)))
 
 
-@pytest.mark.parametrize("before", ["", "visual.", "module.visual."])
-def test_a_checkpoint_of_the_tower_loads_with_a_report(before: str) -> None:
+def test_a_checkpoint_of_the_tower_loads_with_a_report() -> None:
     source, model = towers.build("open_clip", seed=5), compressed("open_clip", num_classes=3)
-    state = {before + key: value for key, value in source.state_dict().items()}
-    report = model.load_backbone(state | {"transformer.resblocks.0.text": torch.zeros(1), "logit_scale": torch.ones(1)})
+    report = model.load_backbone(source.state_dict())
     assert set(report.loaded) == source.state_dict().keys()
-    assert report.prefix == before
-    assert set(report.unused) == {"transformer.resblocks.0.text", "logit_scale"}
+    assert (report.unused, report.prefix) == ([], "")
     assert "classifier.weight" in report.new
     assert not any(key.startswith("backbone") for key in report.new)
     assert "new: insertions.1.position" in str(report)
     for key, value in source.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("before", ["", "module."])
+def test_a_checkpoint_of_a_whole_clip_loads(before: str) -> None:
+    """Some names of open_clip's text tower are those of the visual one: they are not used, and reported so."""
+    sizes = {"image_size": towers.WIDE, "patch_size": towers.PATCH, "width": towers.DIM, "layers": towers.BLOCKS}
+    text = {"context_length": 4, "vocab_size": 8, "width": towers.DIM, "heads": 2, "layers": towers.BLOCKS}
+    whole = open_clip.CLIP(towers.OUT, {**sizes, "head_width": towers.DIM // 2, "mlp_ratio": 2.0}, text)
+    state = {before + key: value for key, value in whole.state_dict().items()}
+    report = compressed("open_clip").load_backbone(state)
+    visual = {key for key in state if key.startswith(f"{before}visual.")}
+    assert report.prefix == f"{before}visual."
+    assert {report.prefix + key for key in report.loaded} == visual
+    assert set(report.unused) == state.keys() - visual
+    assert f"{before}transformer.resblocks.0.ln_1.weight" in report.unused
 
 
 def test_a_checkpoint_that_doesnt_fit_changes_nothing() -> None:
@@ -237,7 +261,6 @@ def test_export(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_onnx(name: str) -> None:
     """Through the reference, whose operators ONNX knows."""
-    onnxruntime = pytest.importorskip("onnxruntime")
     model, clips = randomized(compressed(name, "inti_reference", num_classes=3)), video(name)
     program = torch.onnx.export(model, (clips,), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
@@ -252,7 +275,6 @@ LORA = {"open_clip": ["c_fc"], "openai_clip": ["c_fc"], "clip": ["q_proj", "v_pr
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_lora_on_the_backbone(name: str) -> None:
     """Put on before or after: its branches are called, and trained while the tower isn't."""
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=LORA[name], init_lora_weights=False)
     model = randomized(compressed(name))
     clips, plain = video(name), model(video(name))
@@ -273,10 +295,14 @@ def test_lora_on_the_backbone(name: str) -> None:
 def test_blocks_that_cant_be_taken_apart(options: dict) -> None:
     """Refused when the model is made, by name; and a block that FSDP2 sharded by itself when it is run."""
     with pytest.raises(ValueError, match="ParallelScalingBlock can't be taken apart"):
-        compress(towers.build("timm-parallel"), FRAMES, AFTER, **options)
+        compress(towers.build("timm-parallel"), FRAMES, **{"after": () if "method" in options else AFTER, **options})
     model = compressed("timm", **options)
+    handle = model.blocks[2].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="takes block 3 apart, but it has hooks"):
+        model(video("timm"))
+    handle.remove()
     model.blocks[1].unshard = None
-    with pytest.raises(RuntimeError, match="block 2 was sharded by itself"):
+    with pytest.raises(RuntimeError, match="takes block 2 apart, but FSDP2 sharded it"):
         model(video("timm"))
 
 
@@ -347,10 +373,80 @@ def test_a_copy_is_whole() -> None:
     assert not torch.equal(model(clips), expected)
 
 
-def test_half_precision_towers_get_insertions_of_their_dtype() -> None:
-    model = compress(towers.build("openai_clip").double(), FRAMES, AFTER, num_classes=2)
+@pytest.mark.parametrize("name", ["open_clip", "openai_clip"])
+def test_towers_in_half_precision(name: str) -> None:
+    """As these libraries load them on a GPU: matrices in half precision, norms and class token in single."""
+    tower = towers.convert_weights(towers.build(name))
+    assert {p.dtype for p in tower.parameters()} == {torch.float16, torch.float32}
+    model = randomized(compress(tower, FRAMES, AFTER, num_classes=2, inti={"hidden": 8}))
+    assert {p.dtype for p in model.insertions.parameters()} == {torch.float16}
+    scores = model(video(name).half())
+    wide = randomized(compress(towers.build(name), FRAMES, AFTER, num_classes=2, inti={"hidden": 8}))
+    torch.testing.assert_close(scores.float(), wide(video(name)), rtol=0.05, atol=0.05)
+    scores.float().square().mean().backward()
+
+
+def test_another_dtype() -> None:
+    model = compress(towers.build("timm").double(), FRAMES, AFTER, num_classes=2)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert model(video("openai_clip").double()).dtype == torch.float64
+    assert model(video("timm").double()).dtype == torch.float64
+
+
+def test_the_towers_modes_are_kept() -> None:
+    """A part that was put in eval mode stays there, and uncompress gives the modes back."""
+    tower = towers.build("timm-registers").train()
+    tower.blocks[0].drop_path1.eval()
+    before = {name: module.training for name, module in tower.named_modules()}
+    model = compress(tower, FRAMES, AFTER)
+    assert {name: module.training for name, module in tower.named_modules()} == before
+    assert model.training
+    assert model.insertions["1"].training
+    model.eval()
+    model.uncompress()
+    assert {name: module.training for name, module in tower.named_modules()} == before
+
+
+def test_uncompress_after_the_parameters_were_replaced() -> None:
+    """As FSDP2 does, and as what fills a model that was made on meta."""
+    with torch.device("meta"):
+        tower = towers.KINDS["clip"].make()
+    model = compress(tower, FRAMES, AFTER, freeze_backbone=True)
+    model.to_empty(device="cpu")
+    assert all(p.requires_grad for p in model.uncompress().parameters())
+
+
+@pytest.mark.parametrize("local", [True, "double"])
+@pytest.mark.parametrize("method", ["inti", "tome", "sta"])
+def test_batch_statistics_are_taken_once_a_step(method: str, local: bool | str) -> None:
+    """Gradient checkpointing runs the norms of the local modules twice, and changes nothing."""
+    options = {"local": local, "global_blocks": 1, "dropout": 0.0}
+    results = []
+    for on in (False, True):
+        model = compressed("open_clip", method, temporal="uniformer_v2", uniformer_v2=options)
+        model.backbone.set_grad_checkpointing(on)
+        randomized(model).train()(video("open_clip")).square().mean().backward()
+        counts = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+        assert len(counts) == towers.BLOCKS * (1 + (local == "double"))
+        assert all(count == 1 for count in counts)
+        results.append([*model.buffers(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("method", ["inti", "tome", "sta", "linear_pooling"])
+def test_a_budget(method: str) -> None:
+    """The costliest setting within it; what it sets can't be given too, and frames are looked at first."""
+    naive = compressed("timm", "naive")
+    clips = video("timm", 1)
+    whole = cost.count_macs(naive, clips)
+    model = compress(towers.build("timm"), FRAMES, method=method, gflops=0.8 * whole / 1e9)
+    assert 0.6 * whole < cost.count_macs(model, clips) <= 0.8 * whole
+    if method in ("inti", "linear_pooling"):
+        with pytest.raises(TypeError, match=f"gflops= sets where {method} halves the frames"):
+            compress(towers.build("timm"), FRAMES, (1, 3), method, gflops=1.0)
+        with pytest.raises(ValueError, match="need frames that divide by 4, got 6"):
+            compress(towers.build("timm"), 6, method=method, gflops=1.0)
+    with pytest.raises(ValueError, match="the least is"):
+        compress(towers.build("timm"), FRAMES, method=method, gflops=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -370,8 +466,11 @@ def test_half_precision_towers_get_insertions_of_their_dtype() -> None:
         ({"tome": {"r": 2}}, TypeError, "unknown option 'tome'"),
         ({"inti": ("cube",)}, TypeError, "inti must be a dict of arguments, got tuple"),
         ({"inti": {"levels": 2}}, TypeError, "levels"),
+        ({"after": 1}, TypeError, "after must be a sequence of block numbers"),
+        ({"method": "naive"}, TypeError, "after is for methods that halve frames, which naive doesn't"),
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1"),
-        ({"frames": 0, "method": "naive"}, ValueError, "frames must be a whole number of at least 1"),
+        ({"num_classes": 3.0}, TypeError, "num_classes"),
+        ({"frames": 0, "method": "naive", "after": ()}, ValueError, "frames must be a whole number of at least 1"),
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments: dict, error: type[Exception], message: str) -> None:
@@ -381,7 +480,11 @@ def test_bad_arguments(arguments: dict, error: type[Exception], message: str) ->
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((2, 4, 32, 32), r"video must be \[B, frames, 3, H, W\]"), ((1, 8, 3, 32, 32), "clips of 4 frames, got 8")],
+    [
+        ((2, 4, 32, 32), r"video must be \[B, frames, 3, H, W\]"),
+        ((1, 8, 3, 32, 32), "clips of 4 frames, got 8"),
+        ((1, 4, 3, 48, 32), "48"),
+    ],
 )
 def test_bad_videos(shape: Sequence[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import sys
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 # The package works without them; `make test` installs them.
 av = pytest.importorskip("av", reason="needs inti_kernels[demo]")
-pytest.importorskip("transformers", reason="needs inti_kernels[demo]")
 pytest.importorskip("matplotlib", reason="needs inti_kernels[demo]")
 
 from inti_kernels import FusedInTI, InTI, fuse  # noqa: E402
@@ -176,6 +177,36 @@ class TestTower:
             torch.save({"state_dict": state} if kind == "nested" else state, path)
         loaded = _clip.build_tower("vit_tiny", path, seed=9).state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in tiny.state_dict().items())
+
+    @pytest.mark.parametrize("whole", [False, True], ids=["tower", "CLIP"])
+    def test_weights_beside_a_configuration_are_the_demos(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+    ) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+        vision = {**sizes, "image_size": 64, "patch_size": 16}
+        if whole:
+            text = {**sizes, "vocab_size": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+            config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+            clip = transformers.CLIPModel(config)
+        else:
+            clip = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**vision))
+        name = f"transformers/{tmp_path}"
+        clip.config.architectures = [type(clip).__name__]
+        clip.config.save_pretrained(tmp_path)
+        assert _clip.weights_beside(name) is None
+        clip.save_pretrained(tmp_path)
+        asked = []
+
+        def prepare(args: argparse.Namespace, _: object) -> None:
+            asked.append(args)
+            raise ValueError("far enough")
+
+        monkeypatch.setattr(demo, "_prepare", prepare)
+        assert main(["demo", "--model", name]) == main(["demo", "--model", name, "--weights", "mine.pt"]) == 1
+        assert [args.weights for args in asked] == [tmp_path, Path("mine.pt")]
+        own, loaded = clip.state_dict(), _clip.build_tower(name, _clip.weights_beside(name)).state_dict()
+        assert loaded.keys() <= own.keys()
+        assert all(torch.equal(value, own[key]) for key, value in loaded.items())
 
     def test_checkpoints_that_do_not_fit(self, tiny: nn.Module, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no such checkpoint"):

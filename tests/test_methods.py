@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,9 +99,54 @@ def test_reduction_in_onnx(name: str) -> None:
     x = tokens(4, 12, DIM) if name in makes else torch.tensor([[1.0, 2.0, 1.0, 2.0, 0.0] * 20] * 2)
     program = io.BytesIO()
     torch.onnx.export(model.eval(), (x,), dynamo=True, verbose=False).save(program)
-    session = pytest.importorskip("onnxruntime").InferenceSession(program.getvalue())
+    session = onnxruntime.InferenceSession(program.getvalue())
     (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(actual), model(x).detach())
+
+
+def neighbours(whole: Tensor) -> Tensor:
+    """Two clips of 4 frames [8, N, C]: a module of the grid, that reads the place before and the frame before."""
+    return whole + whole.roll(1, dims=1) * whole.unflatten(0, (2, FRAMES)).roll(1, dims=1).flatten(0, 1)
+
+
+@REDUCTIONS
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_module_on_the_grid_changes_what_is_left(make: Make, prefix: int) -> None:
+    """A merged token gets the mean change of its places, one that was not its own."""
+    adapter = ToyAdapter(3, prefix)
+    method = make(adapter)
+    first = tokens(2 * FRAMES, prefix + 11, DIM)
+    assert torch.equal(method.on_grid(neighbours, first, method.start(first, FRAMES)), neighbours(first))
+    x, state = run(adapter, method, first)
+    assert x.shape[1] < first.shape[1]
+    whole, present = method.restore(x, state)
+    change, actual = neighbours(whole) - whole, method.on_grid(neighbours, x, state)
+    places = state[1] if present is None else torch.full_like(present, -1, dtype=torch.long).scatter(
+        1, state[0], torch.arange(x.shape[1]).expand(x.shape[:2])
+    )  # fmt: skip
+    for frame in range(2 * FRAMES):
+        for token in range(x.shape[1]):
+            expected = x[frame, token] + change[frame, places[frame] == token].mean(dim=0)
+            torch.testing.assert_close(actual[frame, token], expected)
+    assert torch.equal(method.on_grid(lambda whole: whole, x, state), x)
+
+
+@REDUCTIONS
+def test_what_stands_between_attention_and_mlp(make: Make) -> None:
+    """A shift there is one of the attention's output, in blocks that merge or drop and in those that don't."""
+    adapter = ToyAdapter(3)
+    method, x, shift = make(adapter), tokens(2 * FRAMES, 12, DIM), tokens(DIM, seed=4)
+    plain, _ = run(adapter, method, x)
+    state, actual = method.start(x, FRAMES), x
+    for number, block in enumerate(adapter.blocks, 1):
+        actual, state = method.block(adapter, block, number, actual, FRAMES, state, lambda x: x + shift)
+    with torch.no_grad():
+        for block in adapter.blocks:
+            block.project.bias += shift
+    expected, places = run(adapter, method, x)
+    assert all(map(torch.equal, state, places))
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(actual, plain)
 
 
 @REDUCTIONS

@@ -31,7 +31,7 @@ def kept_by_hand(features: Tensor, semantics: Tensor, dropped: int) -> list[list
         edges.append((-best, i))
     gone = {i for _, i in sorted(edges)[:dropped]}
     kept = [[i for i in range(patches) if i not in gone]]
-    redundancy = dict.fromkeys(kept[0], 1.0)
+    redundancy = dict.fromkeys(range(patches), 1.0)  # of the first frame all, those that it loses too
     for t in range(1, frames):
         passed = [0.0] * patches
         for before, amount in redundancy.items():

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
 # The package works without them; `make test` installs them.
 av = pytest.importorskip("av", reason="needs inti_kernels[demo]")
 image_module = pytest.importorskip("PIL.Image", reason="needs inti_kernels[demo]")
-pytest.importorskip("transformers", reason="needs inti_kernels[demo]")
 pytest.importorskip("matplotlib", reason="needs inti_kernels[demo]")
 
 import towers  # noqa: E402
@@ -196,8 +196,16 @@ class TestCheckpoints:
         clip = torch.randn(1, 8, 3, 64, 64)
         assert torch.equal(loaded.model(clip), model.eval()(clip))
 
+    def test_blocks_of_the_paper(self) -> None:
+        """Of its towers of 12 and 24 blocks, as far along in this one of 4; by that word and without one."""
+        places = [_clip.places("paper", blocks) for blocks in (4, 6, 12, 24)]
+        assert places == [(1, 2), (2, 3), (5, 7), (10, 14)]
+        assert [_clip.MODELS[name].after for name in ("vit_tiny", "vit_b_32", "vit_l_14")] == [(1, 2), (5, 7), (10, 14)]
+        for options in ([], ["--after", "paper"]):
+            assert load("--model", "vit_tiny", *options).after == [1, 2]
+        assert load("--model", "vit_tiny", "--after", "1,3").after == [1, 3]
+
     def test_timms_classifier(self, tmp_path: Path) -> None:
-        timm = pytest.importorskip("timm")
         model = compress(timm.create_model("test_vit", num_classes=7), 4, (1,))
         file = save(model, tmp_path / "model.pt", "timm/test_vit")
         assert load("--checkpoint", file).model.adapter.out_features == 7
@@ -217,6 +225,7 @@ class TestCheckpoints:
             ({"settings": {"after": [1], "frames": 4}}, [], "fit vit_tiny.*Missing key.*settings in the checkpoint"),
             ({"settings": {"after": [1], "frames": 4}}, ["--frames", 8], "made with frames=4, got --frames 8"),
             ({"settings": {"after": [1]}}, ["--after", "1,2"], r"made with after=\[1\], got --after \[1, 2\]"),
+            ({"settings": {"after": [1]}}, ["--after", "paper"], r"made with after=\[1\], got --after \[1, 2\]"),
         ],
     )  # fmt: skip
     def test_what_does_not_fit_is_said(

@@ -6,17 +6,33 @@ not square where the library allows it, so that a height taken for a width shows
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import timm
 import torch
+import transformers
 from open_clip import timm_model, transformer
 from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
 from inti_kernels.testing import randomize
+
+
+def load_openai_clip(name: str) -> ModuleType:
+    """``model.py`` of OpenAI's CLIP as a module of a name. By its path: the package's ``__init__`` wants pkg_resources,
+    which setuptools no longer has."""
+    (folder,) = importlib.util.find_spec("clip").submodule_search_locations
+    spec = importlib.util.spec_from_file_location(name, f"{folder}/model.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+openai = load_openai_clip("clip.model")
 
 DIM, HEADS, BLOCKS, PATCH, OUT = 32, 2, 4, 8, 20
 SQUARE, WIDE = (32, 32), (32, 48)
@@ -56,6 +72,22 @@ def build(name: str, seed: int = 0) -> nn.Module:
     tower = KINDS[name].make().eval()
     with torch.no_grad():
         randomize(tower, seed)
+    return tower
+
+
+def in_double(name: str) -> nn.Module:
+    """A tower in float64: of OpenAI's CLIP with other norms, as its own take float32 alone."""
+    tower = build(name).double()
+    for module in tower.modules():
+        if isinstance(module, openai.LayerNorm):
+            module.__class__ = nn.LayerNorm
+    return tower
+
+
+def convert_weights(tower: nn.Module) -> nn.Module:
+    """Makes a CLIP's tower what OpenAI's package loads on a GPU: the weights of products are float16, norms and
+    embeddings stay float32."""
+    openai.convert_weights(tower)
     return tower
 
 
@@ -106,8 +138,6 @@ def _open_clip_timm(**options) -> Callable[[], nn.Module]:
 
 def _transformers(model: str, **options) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        import transformers
-
         cls = getattr(transformers, model)
         return cls(cls.config_class(**_SIZES, **{"image_size": SQUARE[0], **options}))
 
@@ -138,63 +168,8 @@ def _enable(tower: nn.Module, on: bool) -> None:
     getattr(tower, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
 
 
-class ResidualAttentionBlock(nn.Module):
-    """A block of OpenAI's CLIP, with its names: tokens are [N, F, C]."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
-        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
-        self.ln_2 = nn.LayerNorm(width)
-        self.attn_mask = None
-
-    def attention(self, x: Tensor) -> Tensor:
-        return self.attn(x, x, x, need_weights=False, attn_mask=self.attn_mask)[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    """The blocks of OpenAI's CLIP."""
-
-    def __init__(self, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads) for _ in range(layers)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resblocks(x)
-
-
-class VisionTransformer(nn.Module):
-    """The vision tower of OpenAI's CLIP, with its names; the package is not on any index."""
-
-    def __init__(self, resolution: int, patch: int, width: int, layers: int, heads: int, output_dim: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width))
-        self.positional_embedding = nn.Parameter(torch.randn((resolution // patch) ** 2 + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.randn(width, output_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        x = x.reshape(x.shape[0], x.shape[1], -1).permute(0, 2, 1)
-        zeros = torch.zeros(x.shape[0], 1, x.shape[-1], dtype=x.dtype, device=x.device)
-        x = torch.cat([self.class_embedding.to(x.dtype) + zeros, x], dim=1)
-        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
-        x = self.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
-        x = self.ln_post(x[:, 0, :])
-        return x if self.proj is None else x @ self.proj
-
-
 def openai_clip() -> nn.Module:
-    return VisionTransformer(SQUARE[0], PATCH, DIM, BLOCKS, HEADS, OUT)
+    return openai.VisionTransformer(SQUARE[0], PATCH, DIM, BLOCKS, HEADS, OUT)
 
 
 _HF = {"features": _pooled, "checkpointing": _enable, "out_features": DIM}

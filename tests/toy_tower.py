@@ -54,7 +54,7 @@ class ToyAdapter(Adapter):
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         return block(x)
 
-    def parts(self, block: Block) -> BlockParts:
+    def take_apart(self, block: Block) -> BlockParts:
         return BlockParts(block.norm1, block.attention, block.heads, block.project, (DIM // HEADS) ** -0.5,
                           block.norm2, block.mlp)  # fmt: skip
 

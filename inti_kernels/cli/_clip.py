@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import compress
+from ..models.compress import PAPER_AFTER
 from ._video import CLIP_MEAN, CLIP_STD, require
 
 
@@ -33,7 +34,7 @@ class Model:
     @property
     def after(self) -> tuple[int, ...]:
         """Blocks after which InTI stands where nobody says otherwise."""
-        return default_after(self.blocks)
+        return places(PAPER, self.blocks)
 
 
 MODELS = {
@@ -45,12 +46,12 @@ MODELS = {
 }
 
 
-def default_after(blocks: int) -> tuple[int, ...]:
-    """Where the paper's InTI_{5,7}, of a tower of 12 blocks, stands in one of ``blocks``.
-
-    On the 24 of ViT-L the paper counts in steps of two blocks: (10, 14).
-    """
-    return 5 * blocks // 12, 7 * blocks // 12
+PAPER = "paper"
+# The help of an option --after.
+AFTER = (
+    f"blocks, counted from 1, after which frames are halved, or {PAPER}: 5,7 in a tower of 12 blocks, 10,14 in one of "
+    f"24, as far along in others (default: {PAPER})"
+)
 
 
 def tower_name(text: str) -> str:
@@ -61,12 +62,24 @@ def tower_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"no tower {text!r}; there are {NAMES}")
 
 
-def block_numbers(text: str) -> tuple[int, ...]:
-    """Block numbers with commas between them: the type of an argparse option."""
+def block_numbers(text: str) -> tuple[int, ...] | str:
+    """Block numbers with commas between them, or "paper": the type of an argparse option."""
+    if text == PAPER:
+        return text
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected block numbers such as 5,7, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected block numbers such as 5,7, or {PAPER}, got {text!r}") from None
+
+
+def places(after: tuple[int, ...] | str | None, blocks: int) -> tuple[int, ...]:
+    """The block numbers that an option --after means in a tower of so many blocks; None is the default.
+
+    The paper says where InTI stands in towers of 12 and 24; in others it stands as far along as in that of 12.
+    """
+    if after is not None and after != PAPER:
+        return after
+    return PAPER_AFTER.get(blocks, tuple(number * blocks // 12 for number in PAPER_AFTER[12]))
 
 
 def build_tower(name: str, weights: Path | None = None, seed: int = 0) -> nn.Module:
@@ -75,7 +88,8 @@ def build_tower(name: str, weights: Path | None = None, seed: int = 0) -> nn.Mod
     Args:
         name: one of ``MODELS``, a `transformers` CLIPVisionModelWithProjection of that size; "open_clip/NAME" or
             "timm/NAME", an architecture of that library (timm's without its classifier); "transformers/DIR", what the
-            config.json in a directory describes (of a whole CLIP its vision tower, with projection).
+            config.json in a directory describes (of a whole CLIP its vision tower, with projection), and no more:
+            weights beside it are read where they are given, see :func:`weights_beside`.
         weights: None for random weights drawn from ``seed``; a directory as transformers' ``save_pretrained`` writes
             it; or a state dict file (.safetensors, or anything ``torch.load`` reads with weights_only), of the tower or
             of a model that holds it.
@@ -132,13 +146,30 @@ def _of_transformers(directory: str) -> nn.Module:
         raise ValueError(
             f"no config.json in {directory}; transformers/DIR takes a directory that save_pretrained wrote"
         )
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    vision = getattr(config, "vision_config", config)
-    if hasattr(config, "projection_dim"):
-        vision.projection_dim = config.projection_dim
-    if (config.architectures or [""])[0] in ("CLIPModel", "CLIPVisionModelWithProjection"):
+    vision, architecture = _configuration(directory)
+    if architecture in ("CLIPModel", "CLIPVisionModelWithProjection"):
         return transformers.CLIPVisionModelWithProjection(vision)
     return transformers.AutoModel.from_config(vision)
+
+
+def _configuration(directory: str) -> tuple[Any, str]:
+    """transformers' configuration of the vision tower in a directory, and the class that was saved there."""
+    config = require("transformers", "models").AutoConfig.from_pretrained(directory, local_files_only=True)
+    vision = getattr(config, "vision_config", config)
+    # A whole CLIP's is the one that its projection has.
+    if hasattr(config, "projection_dim"):
+        vision.projection_dim = config.projection_dim
+    return vision, (config.architectures or [""])[0]
+
+
+def weights_beside(name: str) -> Path | None:
+    """The directory of a "transformers/DIR" if it holds more than the config.json, as ``save_pretrained`` writes it:
+    what `build_tower` takes as ``weights``. None for other towers."""
+    library, _, directory = name.partition("/")
+    if library != "transformers":
+        return None
+    files = (file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in Path(directory).glob(pattern))
+    return Path(directory) if any(files) else None
 
 
 _BUILDERS: dict[str, Callable[[str], nn.Module]] = {
@@ -178,8 +209,10 @@ def _load(tower: nn.Module, weights: Path, name: str) -> None:
         if not hasattr(tower, "from_pretrained"):
             raise ValueError(f"{weights} is a directory, which only towers of transformers load; {name} takes a file")
         try:
-            loaded = type(tower).from_pretrained(str(weights), local_files_only=True)
-        except OSError as error:
+            config, _ = _configuration(str(weights))
+            own = {"config": config} if isinstance(config, type(tower).config_class) else {}
+            loaded = type(tower).from_pretrained(str(weights), local_files_only=True, **own)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{weights} holds no checkpoint that transformers can read: {error}") from error
         state = loaded.state_dict()
     else:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import compress
+from ..models import adapter_for, compress
 from ..models.cost import PARTS, by_formula, count_macs, count_parameters, total
-from ..models.methods import METHODS
+from ..models.methods import METHODS, TokenReduction
 from ..models.temporal import TEMPORAL
-from ._clip import MODELS, NAMES, build_tower, tower_name
+from ._clip import AFTER, MODELS, NAMES, block_numbers, build_tower, places, tower_name
 from ._published import CLASSES, Published, rows
 from ._tables import Progress, print_table
 
@@ -32,12 +32,7 @@ ONE = ("model", "after", "method", "temporal", "frames", "classes", "gflops", "o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
     parser.add_argument("--model", type=tower_name, metavar="NAME", help=f"the tower: {NAMES} (default: vit_b_16)")
-    parser.add_argument(
-        "--after",
-        nargs="+",
-        metavar="BLOCK",
-        help="blocks, counted from 1, after which frames are halved, or paper (default: paper)",
-    )
+    parser.add_argument("--after", type=block_numbers, metavar="I,J", help=AFTER)
     parser.add_argument("--method", choices=("naive", *METHODS), help="of compression (default: inti)")
     parser.add_argument("--temporal", choices=TEMPORAL, help="temporal modules (default: none)")
     parser.add_argument("--frames", type=int, metavar="T", help=f"of a clip (default: {FRAMES})")
@@ -76,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
         _show_paper(found)
     if args.json not in (None, "-"):
         Path(args.json).write_text(json.dumps({"rows": found}, indent=1, ensure_ascii=False) + "\n")
-    wrong = [row for row in found if row["macs"] is not None and not row["agree"]]
+    wrong = [row for row in found if not row["agree"]]
     for row in wrong:
-        print(f"FAIL: {row['name']}: counted {row['macs']} and {row['parameters']}, by formula {row['parts']}")
+        counted = f"counted {row['macs']} and {row['parameters']}, by formula {row['parts']}"
+        print(f"FAIL: {row['name']}: {counted}", file=sys.stderr)
     return int(bool(wrong))
 
 
@@ -91,22 +87,19 @@ def paper(published: Sequence[Published] | None = None) -> list[dict[str, Any]]:
         for row in published:
             progress.step(row.name)
             figures = {"gflops": row.gflops, "parameters": row.parameters, "top1": row.top1, "top5": row.top5}
-            about = {"table": row.table, "name": row.name, "model": row.model, "published": figures, "note": ""}
-            found.append(about | _priced(towers[row.model], row))
+            about = {"table": row.table, "name": row.name, "model": row.model, "published": figures}
+            found.append(about | price(towers[row.model], **_arguments(row)))
     return found
 
 
-def _priced(tower: nn.Module, row: Published) -> dict[str, Any]:
-    """Figures of a row; None and a note where this package refuses such a model."""
+def _arguments(row: Published) -> dict[str, Any]:
+    """Of :func:`inti_kernels.compress`, for a row."""
     arguments: dict[str, Any] = {"after": row.after, "method": row.method, **row.options}
     if row.temporal:
         arguments |= {"temporal": "uniformer_v2", "num_classes": CLASSES.get(row.table, 400)}
     if row.budget:
         arguments["gflops"] = row.gflops
-    try:
-        return price(tower, **arguments)
-    except ValueError as error:
-        return {"macs": None, "note": str(error)}
+    return arguments
 
 
 def price(tower: nn.Module, frames: int = FRAMES, **arguments: Any) -> dict[str, Any]:
@@ -141,19 +134,14 @@ def _tower(name: str) -> nn.Module:
 
 def _one(args: argparse.Namespace) -> dict[str, Any]:
     name, method = args.model or "vit_b_16", args.method or "inti"
-    arguments: dict[str, Any] = {"method": method, "after": _after(args.after), "temporal": args.temporal}
+    tower = _tower(name)
+    arguments: dict[str, Any] = {"method": method, "temporal": args.temporal}
+    halves = method in METHODS and not issubclass(METHODS[method], TokenReduction)
+    if args.after is not None or (halves and args.gflops is None):
+        arguments["after"] = places(args.after, len(adapter_for(tower).blocks))
     arguments |= {"num_classes": args.classes, "gflops": args.gflops, **(args.options or {})}
-    found = price(_tower(name), FRAMES if args.frames is None else args.frames, **arguments)
+    found = price(tower, FRAMES if args.frames is None else args.frames, **arguments)
     return {"name": f"{name}, {method}" + f", {args.temporal}" * bool(args.temporal), "model": name, **found}
-
-
-def _after(words: list[str] | None) -> tuple[int, ...] | str:
-    if words in (None, ["paper"]):
-        return "paper"
-    try:
-        return tuple(int(word) for word in words)
-    except ValueError:
-        raise ValueError(f"--after takes block numbers, or paper, got {' '.join(words)}") from None
 
 
 def _options(text: str) -> dict[str, Any]:
@@ -184,17 +172,14 @@ def _show_paper(found: Sequence[dict[str, Any]]) -> None:
     columns = ("model", "GFLOPs: paper", "counted", "by formula", "params (M): paper", "counted ", "by formula ")
     columns += ("top-1", "top-5", "setting")
     for table in dict.fromkeys(row["table"] for row in found):
-        cells, notes = [], []
+        cells = []
         for row in (row for row in found if row["table"] == table):
             ours, published = _ours(row), row["published"]
             counts = [text for kind, own in zip(("gflops", "parameters"), ours, strict=True)
                       for text in (_text(published[kind]), *own)]  # fmt: skip
             setting = _setting(row)
             cells.append([row["name"], *counts, _text(published["top1"]), _text(published["top5"]), setting])
-            notes += [f"{row['name']}: {row['note']}"] if row["note"] else []
         print_table(table, columns, cells, right=columns[1:-1], fold=("setting",))
-        for note in notes:
-            print(note)
     _show_parts(found)
     print(
         "GFLOPs are multiply-accumulates ×1e9 of one clip of 16 frames. The models with ^temp have a classifier, the "
@@ -205,7 +190,7 @@ def _show_paper(found: Sequence[dict[str, Any]]) -> None:
 
 def _show_parts(found: Sequence[dict[str, Any]]) -> None:
     """Where the work of InTI_{5,7} is, without the head: what follows from the equations alone."""
-    rows = {row["name"]: row["parts"] for row in found if row["macs"] is not None}
+    rows = {row["name"]: row["parts"] for row in found}
     cells = []
     for size, model in (("B", MODELS["vit_b_16"]), ("L", MODELS["vit_l_14"])):
         naive, inti = rows[f"Naive-{size}"], rows[f"InTI-{size} 5,7"]
@@ -220,8 +205,6 @@ def _show_parts(found: Sequence[dict[str, Any]]) -> None:
 
 def _ours(row: dict[str, Any]) -> list[tuple[str, str]]:
     """(counted, by formula) of multiply-accumulates and of parameters."""
-    if row["macs"] is None:
-        return [("", ""), ("", "")]
     formula = row["parts"]["total"]
     return [
         (_giga(row["macs"]), _giga(formula["macs"])),
@@ -231,8 +214,6 @@ def _ours(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _setting(row: dict[str, Any]) -> str:
     """What the budget set, or where the frames are halved."""
-    if row["macs"] is None:
-        return "refused"
     settings = row["settings"]
     if settings["after"]:
         return f"after {', '.join(map(str, settings['after']))}"

@@ -46,17 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"the tower: {_clip.NAMES} (default: vit_b_16)",
     )
-    parser.add_argument(
-        "--after",
-        type=_clip.block_numbers,
-        metavar="I,J",
-        help="blocks, counted from 1, after which frames are halved (default: 5,7; 10,14 in a tower of 24)",
-    )
+    parser.add_argument("--after", type=_clip.block_numbers, metavar="I,J", help=_clip.AFTER)
     parser.add_argument(
         "--weights",
         type=Path,
         metavar="PATH",
-        help="a local checkpoint of the tower, directory of transformers or state dict (default: random weights)",
+        help="a local checkpoint of the tower, directory of transformers or state dict (default: what lies in the DIR "
+        "of --model transformers/DIR, else random weights)",
     )
     parser.add_argument("--steps", type=_positive, default=12, metavar="N", help="training steps (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
@@ -73,6 +69,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo. Returns 0, or 1 when something is missing, two ways disagree, or the loss didn't go down."""
+    args.weights = args.weights or _clip.weights_beside(args.model)
     steps = 4 + 3 + args.steps + 1 + 3 * LATENCY_ROUNDS + 3 + 1
     with _tables.Progress(steps) as progress:
         try:
@@ -128,7 +125,7 @@ def _prepare(args: argparse.Namespace, progress: _tables.Progress) -> Demo:
     progress.step(f"building {args.model}")
     backbone = _clip.build_tower(args.model, args.weights, args.seed).requires_grad_(False)
     naive = compress(backbone, FRAMES, method="naive")
-    after = _check_after(args.after or _clip.default_after(len(naive.blocks)), len(naive.blocks))
+    after = _check_after(_clip.places(args.after, len(naive.blocks)), len(naive.blocks))
     torch.manual_seed(args.seed)
     inti = compress(backbone, FRAMES, after, "inti_reference")
     fused = compress(backbone, FRAMES, after, "inti_reference")

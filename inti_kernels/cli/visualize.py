@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import CompressedViT, compress
+from ..models import CompressedViT, adapter_for, compress
 from . import _animation, _clip, _picture, _tables, _video
 
 METHODS = ("inti", "inti_reference")
@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"the tower: {_clip.NAMES} (default: the checkpoint's, vit_b_16 without one)",
     )
-    parser.add_argument(
-        "--after", type=_clip.block_numbers, metavar="I,J", help="without a checkpoint: blocks after which InTI stands"
-    )
+    parser.add_argument("--after", type=_clip.block_numbers, metavar="I,J", help=f"without a checkpoint: {_clip.AFTER}")
     parser.add_argument("--frames", type=int, metavar="T", help="without a checkpoint: of the clip (default: 16)")
     parser.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: VIDEO's name with _inti.png)")
     parser.add_argument("--animation", type=Path, metavar="FILE", help="also a moving picture, .gif or .mp4")
@@ -109,14 +107,13 @@ def _load(args: argparse.Namespace) -> Shown:
         name = args.model or "vit_b_16"
         tower = _clip.build_tower(name)
         frames = 16 if args.frames is None else args.frames
-        after = args.after or _clip.default_after(len(compress(tower, method="naive").blocks))
-        model = compress(tower, frames, after)
+        model = compress(tower, frames, _places(args.after, tower))
         origin = f"{name} with random weights and a new InTI, which weighs all frames alike (no --checkpoint)"
     else:
         saved = _read(args.checkpoint, args.model)
         name = saved.name
-        _check_settings(saved, args)
         tower = _clip.build_tower(name)
+        _check_settings(saved, args, tower)
         _fit_classes(tower, saved.state_dict)
         model = compress(tower, **saved.settings)
         _load_state(model, saved, args.checkpoint)
@@ -163,7 +160,11 @@ def _settings_of(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
     return {"frames": len(positions[after[0]]), "after": after, "num_classes": classes}
 
 
-def _check_settings(saved: Saved, args: argparse.Namespace) -> None:
+def _places(after: tuple[int, ...] | str | None, tower: nn.Module) -> tuple[int, ...]:
+    return _clip.places(after, len(adapter_for(tower).blocks))
+
+
+def _check_settings(saved: Saved, args: argparse.Namespace, tower: nn.Module) -> None:
     method = saved.settings.get("method", "inti")
     if method not in METHODS:
         raise ValueError(
@@ -172,7 +173,8 @@ def _check_settings(saved: Saved, args: argparse.Namespace) -> None:
         )
     if not saved.settings.get("after"):
         raise ValueError(f"{args.checkpoint} is of a model with no InTI in it (after is empty): there are no weights")
-    for name, given in (("frames", args.frames), ("after", args.after and list(args.after))):
+    after = None if args.after is None else list(_places(args.after, tower))
+    for name, given in (("frames", args.frames), ("after", after)):
         if given is not None and given != saved.settings.get(name, given):
             raise ValueError(f"{args.checkpoint} was made with {name}={saved.settings[name]}, got --{name} {given}")
 

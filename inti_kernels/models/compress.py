@@ -8,20 +8,22 @@ from typing import Any
 
 from torch import nn
 
+from ..reference import functional
 from . import cost
 from .adapters import Adapter, adapter_for
 from .methods import METHODS, TokenReduction
 from .model import CompressedViT
 from .temporal import TEMPORAL, TemporalModules
 
+AFTER = (5, 7)
 # Of the paper's InTI_{5,7}: it counts in steps of two blocks on a ViT-L of 24.
-PAPER_AFTER = {12: (5, 7), 24: (10, 14)}
+PAPER_AFTER = {12: AFTER, 24: (10, 14)}
 
 
 def compress(
     vision_model: nn.Module,
     frames: int = 16,
-    after: Sequence[int] | str = (5, 7),
+    after: Sequence[int] | str = AFTER,
     method: str = "inti",
     temporal: str | None = None,
     num_classes: int | None = None,
@@ -33,14 +35,15 @@ def compress(
 ) -> CompressedViT:
     """Makes a compressive video model of a vision tower that was trained on images (Sec. 3.2, 3.3 of the paper).
 
-    The tower's modules and parameters are shared, not copied, and stay as they are; ``uncompress()`` of the result
-    gives the tower back. What is new is on the device, and of the dtype, of the tower's first parameter.
+    The tower's modules and parameters are shared, not copied; ``uncompress()`` of the result gives the tower back. All
+    that is changed until then is what is frozen: with ``freeze_backbone`` everything, with "uniformer_v2" the head that
+    its own takes the place of. What is new is on the device, and of the dtype, of the block that it stands behind.
 
     Args:
         vision_model: a visual tower of open_clip or OpenAI's CLIP, a CLIP, SigLIP or DINOv2 vision model of
             transformers, or a ViT of timm; others by :func:`inti_kernels.models.register_adapter`.
         frames: T of a clip.
-        after: blocks, counted from 1, behind which the frames are halved, for the methods that do that; "paper" is
+        after: blocks, counted from 1, behind which the frames are halved, by the methods that do that; "paper" is
             (5, 7) in a tower of 12 blocks and (10, 14) in one of 24.
         method: "inti" (:class:`~inti_kernels.FusedInTI`), "inti_reference" (:class:`~inti_kernels.InTI`), "naive" (all
             blocks on all frames), "linear_pooling", "conv_pooling", "tome", "sta".
@@ -49,7 +52,8 @@ def compress(
         prefix: tokens before the patches, where the tower doesn't say.
         gflops: multiply-accumulates of one clip in units of 1e9 that may not be passed: the method's setting (for those
             that halve frames, ``after``) becomes the costliest within it.
-        freeze_backbone: only what is new is trained.
+        freeze_backbone: only what is new is trained. Every parameter that the tower has now is frozen: put LoRA on it
+            afterwards, or leave this out, since peft freezes what it is put on.
         **options: for a method or the temporal modules, a dict of arguments under its name, such as
             ``inti=dict(context=("cube",), fusion="add", head="sigmoid")``, ``tome=dict(r=8)``,
             ``uniformer_v2=dict(local="double")``; "inti_reference" takes ``inti``.
@@ -58,9 +62,10 @@ def compress(
         video [B, T, 3, H, W] → features [B, D] or class scores [B, num_classes].
 
     Raises:
-        TypeError: no adapter knows the tower; an unknown option.
-        ValueError: frames can't be halved that often, a block isn't there, the tower has a form that can't be run, or
-            the method or its arguments don't go with it.
+        TypeError: no adapter knows the tower; an unknown option; ``gflops`` beside what it is to set; arguments of the
+            wrong kind.
+        ValueError: frames can't be halved that often, a block isn't there, ``gflops`` is out of reach, the tower has a
+            form that can't be run, or the method or its arguments don't go with it.
     """
     _check_name("method", method, ("naive", *METHODS))
     if temporal is not None:
@@ -69,12 +74,12 @@ def compress(
     adapter = adapter_for(vision_model, prefix)
     own = dict(options.get(_options_of(method), {}))
     others = {name: dict(value) for name, value in options.items() if name != _options_of(method)}
+    halves = method in METHODS and not issubclass(METHODS[method], TokenReduction)
+    blocks = _check_after(after, len(adapter.blocks), method, halves, gflops)
+    _check_frames(frames, len(blocks))
     if gflops is not None:
         modules = others.get(temporal or "", {})
-        after, own = cost.setting_for(adapter, gflops, method, own, frames, temporal, modules, num_classes)
-    halves = method in METHODS and not issubclass(METHODS[method], TokenReduction)
-    blocks = _check_after(after, frames, len(adapter.blocks)) if halves else ()
-    _check_frames(frames, len(blocks))
+        blocks, own = cost.setting_for(adapter, gflops, method, own, frames, temporal, modules, num_classes)
     insertions = {
         number: METHODS[method](
             adapter.dim, frames >> level, adapter.grid(*adapter.image), prefix=adapter.prefix, **own
@@ -82,7 +87,7 @@ def compress(
         for level, number in enumerate(blocks)
     }
     reduction = None if halves or method == "naive" else METHODS[method](adapter, **own)
-    modules = None if temporal is None else _temporal(temporal, adapter, reduction, others.get(temporal, {}))
+    modules = None if temporal is None else _temporal(temporal, adapter, others.get(temporal, {}))
     if reduction is not None or (modules is not None and any(map(modules.splits, range(1, len(adapter.blocks) + 1)))):
         adapter.check_parts()
     features = adapter.dim if modules is not None and modules.replaces_head else adapter.out_features
@@ -93,24 +98,29 @@ def compress(
     settings = {"frames": frames, "after": blocks, "method": method, "temporal": temporal, "num_classes": num_classes}
     settings |= {"prefix": prefix, "freeze_backbone": freeze_backbone, **others}
     model.settings = _plain(settings | ({_options_of(method): own} if own else {}))
-    first = next(vision_model.parameters())
-    for new in (model.insertions, model.reduction, model.temporal, model.classifier):
-        if new is not None:
-            new.to(first.device, first.dtype)
-    return model.train(vision_model.training)
+    for number, module in insertions.items():
+        _place(module, adapter.blocks[number - 1])
+    for module in (modules, classifier):
+        _place(module, adapter.blocks[-1])
+    model.training = vision_model.training  # the tower's modules keep the modes that they have
+    for module in (model.insertions, reduction, modules, classifier):
+        if module is not None:
+            module.train(vision_model.training)
+    return model
 
 
-def _temporal(
-    kind: str, adapter: Adapter, reduction: TokenReduction | None, options: dict[str, Any]
-) -> TemporalModules:
+def _place(module: nn.Module | None, block: nn.Module) -> None:
+    """On the device of a block's matrices, in their dtype: of a tower in half precision the norms may be wider."""
+    matrix = next(
+        parameter for parameter in block.parameters() if parameter.dim() > 1 and parameter.is_floating_point()
+    )
+    if module is not None:
+        module.to(matrix.device, matrix.dtype)
+
+
+def _temporal(kind: str, adapter: Adapter, options: dict[str, Any]) -> TemporalModules:
     grid = adapter.grid(*adapter.image)
-    modules = TEMPORAL[kind](dim=adapter.dim, blocks=len(adapter.blocks), grid=grid, prefix=adapter.prefix, **options)
-    if reduction is not None and modules.stands_in_blocks:
-        raise ValueError(
-            f"{type(reduction).__name__} leaves no grid of patches in the blocks, which modules of {kind} inside the "
-            "blocks need: take a method that halves frames, or uniformer_v2 without local modules"
-        )
-    return modules
+    return TEMPORAL[kind](dim=adapter.dim, blocks=len(adapter.blocks), grid=grid, prefix=adapter.prefix, **options)
 
 
 def _options_of(method: str) -> str:
@@ -139,10 +149,26 @@ def _check_options(options: dict[str, Any], method: str, temporal: str | None) -
             raise TypeError(f"{name} must be a dict of arguments, got {type(value).__name__}")
 
 
-def _check_after(after: Sequence[int] | str, frames: int, count: int) -> tuple[int, ...]:
-    if isinstance(after, str):
-        if after != "paper":
-            raise ValueError(f'after must be block numbers or "paper", got {after!r}')
+def _check_after(
+    after: Sequence[int] | str, count: int, method: str, halves: bool, gflops: float | None
+) -> tuple[int, ...]:
+    """The blocks; with ``gflops`` those of the default, whose number is that of any setting."""
+    if isinstance(after, str) and after != "paper":
+        raise ValueError(f'after must be block numbers or "paper", got {after!r}')
+    if not isinstance(after, (str, Sequence)):
+        raise TypeError(f'after must be a sequence of block numbers or "paper", got {after!r}')
+    given = isinstance(after, str) or tuple(after) not in ((), AFTER)
+    if given and gflops is not None and halves:
+        raise TypeError(
+            f"gflops= sets where {method} halves the frames, got after={after!r} too: give one or the other"
+        )
+    if not halves:
+        if given:
+            raise TypeError(f"after is for methods that halve frames, which {method} doesn't: leave it out")
+        return ()
+    if gflops is not None:
+        return AFTER
+    if after == "paper":
         if count not in PAPER_AFTER:
             raise ValueError(
                 f'after="paper" is for towers of {" or ".join(map(str, PAPER_AFTER))} blocks, this one has {count}: '
@@ -173,6 +199,7 @@ def _check_frames(frames: int, halvings: int) -> None:
 
 def _classifier(features: int, classes: int) -> nn.Linear:
     """Starts near zero, so that training starts from even scores."""
+    functional.check_whole(num_classes=classes)
     if classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {classes}")
     linear = nn.Linear(features, classes)

@@ -29,6 +29,17 @@ def count_macs(model: nn.Module, *inputs: Tensor) -> int:
 
     Nothing is computed: for the count, parameters and inputs are tensors without data, on which attention is two plain
     products, and this package's ops are what they stand for (whatever their backend, which may be unable to run here).
+
+    Args:
+        model: parameters of any device; it is left as it is.
+        inputs: of its forward, of any device. A compressed model takes one video [B, T, 3, H, W]; B clips cost B times
+            as much.
+
+    Returns:
+        Half of what the counter calls flops.
+
+    Raises:
+        Whatever the model raises on inputs of other shapes.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,46 +94,57 @@ class Tower:
     Args:
         dim: C.
         blocks: L.
-        patch, image: (height, width) in pixels.
+        patch: (height, width) in pixels.
+        grid: (H, W) patches.
         features: D of the head, a projection without bias of one token a frame; 0 without one.
         prefix: tokens before the patches.
         hidden: width of the MLP's hidden layer; None for 4·C.
-        width: of an attention head.
+        width: of an attention head, where something inside the blocks compares tokens by their keys.
         macs_of_head: of one frame, where the head is more than that projection.
     """
 
     dim: int
     blocks: int
     patch: tuple[int, int]
-    image: tuple[int, int]
+    grid: tuple[int, int]
     features: int
     prefix: int = 1
     hidden: int | None = None
-    width: int = 64
+    width: int | None = None
     macs_of_head: int | None = None
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Tower:
-        """Of a real tower: of its blocks by the sizes of their matrices, whatever their MLP is made of (attention being
-        two products); its head is run on tokens without data."""
+    def of(cls, adapter: Adapter, heads: bool = False) -> Tower:
+        """Of a real tower on pictures of its own size: of its blocks by the sizes of their matrices, whatever their MLP
+        is made of (attention being two products); its head is run on tokens without data.
+
+        Args:
+            adapter: of the tower, all of whose blocks are as large as the first.
+            heads: whether ``width`` is read, for a :class:`TokenReduction`, from keys of the first block.
+
+        Raises:
+            ValueError: with ``heads``, if the blocks can't be taken apart or their keys can't be read.
+        """
         dim, block = adapter.dim, adapter.blocks[0]
         of_block, of_head = (
             sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
             for parameters in (block.parameters(), adapter.head_parameters())
         )
-        width = dim
-        if adapter.other_form is None:  # else nothing can stand inside the blocks that would ask for it
+        # Of the dtype that the products are in: in a half-precision tower the norms may be wider.
+        token = next(parameter for parameter in block.parameters() if parameter.dim() > 1).new_zeros(1, 1, dim)
+        width = None
+        if heads:
             with torch.no_grad():
-                token = next(block.parameters()).new_zeros(1, 1, dim)
                 width = adapter.parts(block).qkv(token)[0].shape[-1]
-        sizes = (dim, len(adapter.blocks), adapter.patch, adapter.image, of_head // dim, adapter.prefix)
+        grid = adapter.grid(*adapter.image)
+        sizes = (dim, len(adapter.blocks), adapter.patch, grid, of_head // dim, adapter.prefix)
         tower = cls(*sizes, (of_block - 4 * dim**2) // (2 * dim), width)
-        return replace(tower, macs_of_head=count_macs(_Head(adapter), torch.empty(1, tower.tokens, dim, device="meta")))
+        return replace(tower, macs_of_head=count_macs(_Head(adapter), token.expand(1, tower.tokens, dim)))
 
     @property
     def tokens(self) -> int:
         """N of a frame."""
-        return self.prefix + self.image[0] // self.patch[0] * (self.image[1] // self.patch[1])
+        return self.prefix + self.grid[0] * self.grid[1]
 
     def embed(self, frames: int) -> Work:
         """Patches, class token and positions, and the LayerNorm before the blocks."""
@@ -182,7 +204,7 @@ def formula(
     if reduction is not None:
         cost["compression"] = Work(reduction.macs(frames, count, tower.blocks, tower.width))
     if temporal is not None:
-        cost["temporal"] = Work(temporal.head_macs(), temporal_parameters(temporal))
+        cost["temporal"] = Work(0, temporal_parameters(temporal))
     for number, tokens in enumerate(by_block, 1):
         cost["blocks"] += tower.block(frames, *tokens)
         if temporal is not None:
@@ -202,7 +224,8 @@ def by_formula(model: nn.Module) -> dict[str, Work]:
     insertions = {int(number): module for number, module in model.insertions.items()}
     linear = model.classifier
     classifier = None if linear is None else (linear.in_features, linear.out_features)
-    return formula(Tower.of(model.adapter), model.frames, insertions, model.reduction, model.temporal, classifier)
+    tower = Tower.of(model.adapter, heads=model.reduction is not None)
+    return formula(tower, model.frames, insertions, model.reduction, model.temporal, classifier)
 
 
 def total(cost: Mapping[str, Work]) -> Work:
@@ -285,14 +308,17 @@ def setting_for(
         ``after`` (empty for methods that halve no frames) and the method's options, the setting among them.
 
     Raises:
-        ValueError: even the cheapest setting is above the budget, or the tower has too few blocks for any.
+        ValueError: even the cheapest setting is above the budget, the tower has too few blocks for any, or its blocks
+            can't be taken apart as the method needs it.
         TypeError: the options hold what the budget is to set.
     """
-    tower, kind = Tower.of(adapter), METHODS.get(method)
+    kind = METHODS.get(method)
+    reduces = kind is not None and issubclass(kind, TokenReduction)
+    tower = Tower.of(adapter, heads=reduces)
     by_setting = _choices(kind, tower)
     if taken := sorted({name for choice in by_setting for name in choice} & set(options)):
         raise TypeError(f"gflops= sets {', '.join(taken)} of {method}: give one or the other")
-    sizes = {"grid": adapter.grid(*adapter.image), "prefix": adapter.prefix}
+    sizes = {"grid": tower.grid, "prefix": adapter.prefix}
     costs = []
     with torch.device("meta"):  # sizes are all that is asked of them
         modules = None
@@ -306,7 +332,7 @@ def setting_for(
             insertions = {
                 number: kind(adapter.dim, frames >> level, **sizes, **own) for level, number in enumerate(after)
             }
-            reduction = kind(adapter, **own) if kind is not None and not after else None
+            reduction = kind(adapter, **own) if reduces else None
             cost = formula(tower, frames, insertions, reduction, modules, classifier)
             costs.append((total(cost).macs, after, own))
     if not costs:

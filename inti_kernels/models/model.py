@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,9 +53,13 @@ class CompressedViT(nn.Module):
 
     All blocks run on the frames of all clips as one batch; between two blocks an insertion (InTI, or a pooling of
     pairs) halves the frames; the head's features of the remaining frames are averaged. With no insertion this is the
-    paper's Naive adaptation. The tower's modules are the user's own objects and are called, never patched: its hooks,
-    its adapters (LoRA), its attention and its switch for gradient checkpointing stay in force, and its parameters are
-    ``backbone.`` + their names.
+    paper's Naive adaptation. **(choice)** A classifier reads the features as the tower's head gives them, projected
+    where it projects.
+
+    The tower's modules are the user's own objects and are called, never patched: its adapters (LoRA), its attention and
+    its switch for gradient checkpointing stay in force, and its parameters are ``backbone.`` + their names. Hooks on
+    the tower itself don't fire, since its embedding, blocks and head are called one by one; those on the blocks, and
+    on all within, do. Methods and modules that work inside a block take it apart, and refuse one with hooks.
 
     Args:
         adapter: of the tower.
@@ -87,8 +92,10 @@ class CompressedViT(nn.Module):
         self.insertions = nn.ModuleDict({str(after): module for after, module in (insertions or {}).items()})
         self.reduction, self.temporal, self.classifier = reduction, temporal, classifier
         self.settings: dict[str, Any] = {}
-        # What `freeze` changed, for `uncompress`.
-        self._frozen: list[nn.Parameter] = []
+        # For `uncompress`: names, since what shards a model, or fills one on meta, puts other parameters in their place.
+        self._frozen: set[str] = set()
+        self._modes = {name: module.training for name, module in self.backbone.named_modules()}
+        self.freeze(adapter.unused_parameters())
         if self.replaces_head:
             self.freeze(adapter.head_parameters())
 
@@ -103,17 +110,26 @@ class CompressedViT(nn.Module):
         return self.temporal is not None and self.temporal.replaces_head
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Takes parameters out of training until :meth:`uncompress`."""
-        for parameter in parameters:
-            if parameter.requires_grad:
+        """Takes parameters of the tower out of training until :meth:`uncompress`. Another model of the same tower
+        shares them, and sees it.
+
+        Args:
+            parameters: of the tower; others are left alone.
+        """
+        chosen = set(parameters)
+        for name, parameter in self.backbone.named_parameters():
+            if parameter in chosen and parameter.requires_grad:
                 parameter.requires_grad_(False)
-                self._frozen.append(parameter)
+                self._frozen.add(name)
 
     def uncompress(self) -> nn.Module:
-        """The user's tower, as it was: the same object, with its weights of today and with what was frozen trainable
-        again. The compressed model isn't to be used any more."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        """The user's tower: the same object, with its weights of today. What was frozen is trainable again, and modules
+        are in the mode, train or eval, that they came in. The compressed model isn't to be used any more."""
+        for name, parameter in self.backbone.named_parameters():
+            if name.replace(".base_layer", "") in self._frozen:  # where LoRA put it
+                parameter.requires_grad_(True)
+        for name, module in self.backbone.named_modules():
+            module.training = self._modes.get(name, module.training)
         self._frozen.clear()
         return self.backbone
 
@@ -141,10 +157,15 @@ class CompressedViT(nn.Module):
             )
         self.backbone.load_state_dict(found)
         new = [name for name in self.state_dict() if not name.startswith("backbone.")]
-        return LoadReport(list(found), new, [key for key in state_dict if key.removeprefix(prefix) not in own], prefix)
+        used = {prefix + key for key in own}
+        return LoadReport(list(found), new, [key for key in state_dict if key not in used], prefix)
 
     def embed(self, video: Tensor) -> Tensor:
-        """All before the first block: [B, T, 3, H, W] → [B, T, N, C]."""
+        """All before the first block: video [B, T, 3, H, W] → tokens [B, T, N, C].
+
+        Raises:
+            ValueError: the video has another shape than the model was made for.
+        """
         self._check_video(video)
         return self.adapter.embed(video.flatten(0, 1)).unflatten(0, video.shape[:2])
 
@@ -163,13 +184,16 @@ class CompressedViT(nn.Module):
             weights: a list to which the weights [B, T/2, N, 2] of every InTI are appended.
             grid: (H, W) patches, where it isn't the one that the tower was built for.
 
+        Returns:
+            [B, T', N, C], T' = T halved by every insertion on the way.
+
         Raises:
             ValueError: start > 0 with a method or modules that carry something from the first block on.
         """
         return self._run(tokens, grid or self.adapter.grid(*self.adapter.image), start, stop, weights)[0]
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The tower's head on every frame, and the mean: final tokens [B, T, N, C] → [B, D]."""
+        """The tower's head on every frame, and their mean: final tokens [B, T, N, C] → features [B, D]."""
         return self.adapter.head(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).mean(1)
 
     def forward(self, video: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -229,23 +253,42 @@ class CompressedViT(nn.Module):
         splits = self.temporal is not None and self.temporal.splits(number)
         return type(self.temporal).__name__ if splits else ""
 
+    def _check_whole(self, number: int, block: nn.Module) -> None:
+        """What is called past its ``forward`` must not have anything hung on it."""
+        what = f"{self._takes_apart(number)} takes block {number} apart, but"
+        parts = block.modules() if self.reduction is not None else (block,)
+        if any(hasattr(part, "unshard") for part in parts):
+            raise RuntimeError(
+                f"{what} FSDP2 sharded it by itself, and would not gather it: shard the whole model alone"
+            )
+        if block._forward_hooks or block._forward_pre_hooks or "forward" in block.__dict__:
+            raise RuntimeError(
+                f"{what} it has hooks or a forward of its own (accelerate's offloading does that), which would not "
+                "run: take them off, or a method that works between blocks"
+            )
+
     def _block(self, number: int, x: Tensor, grid: Grid, frames: int, reduction: Any) -> tuple[Tensor, Any]:
         adapter, temporal, block = self.adapter, self.temporal, self.adapter.blocks[number - 1]
-        if self._takes_apart(number) and hasattr(block, "unshard"):
-            raise RuntimeError(
-                f"block {number} was sharded by itself (FSDP2), but {self._takes_apart(number)} works inside it, which "
-                "would leave its parameters in pieces: shard the whole model, or the block's attention and MLP"
-            )
-        if temporal is not None:
-            x = temporal.before_attention(number, x, frames, grid)
+        if self._takes_apart(number):
+            self._check_whole(number, block)
+        if temporal is not None and temporal.precedes(number):
+            x = self._on_grid(temporal.before_attention, number, x, grid, frames, reduction)
+        between = None
+        if temporal is not None and temporal.splits(number):
+            between = partial(self._on_grid, temporal.before_mlp, number, grid=grid, frames=frames, reduction=reduction)
         if self.reduction is not None:
-            return self.reduction.block(adapter, block, number, x, frames, reduction)
-        if not self._takes_apart(number):
+            return self.reduction.block(adapter, block, number, x, frames, reduction, between)
+        if between is None:
             return adapter.run_block(block, x), None
         parts = adapter.parts(block)
-        x = x + parts.branch1(parts.attention(parts.norm1(x)))
-        x = temporal.before_mlp(number, x, frames, grid)
-        return x + parts.branch2(parts.mlp(parts.norm2(x))), None
+        return parts.mlp_residual(between(parts.attend_residual(x))), None
+
+    def _on_grid(
+        self, module: Callable[..., Tensor], number: int, x: Tensor, grid: Grid, frames: int, reduction: Any
+    ) -> Tensor:
+        """A temporal module that stands in a block, with every patch in its place."""
+        whole = partial(module, number, frames=frames, grid=grid)
+        return whole(x) if self.reduction is None else self.reduction.on_grid(whole, x, reduction)
 
     def _insert(self, number: int, x: Tensor, grid: Grid, weights: list[Tensor] | None) -> Tensor:
         module = self.insertions[str(number)]
@@ -266,6 +309,7 @@ class CompressedViT(nn.Module):
                 f"this model was made for clips of {self.frames} frames, got {video.shape[1]}; sample "
                 f"{self.frames} of them, or compress the tower again with frames={video.shape[1]}"
             )
+        self.adapter.check_picture(*video.shape[-2:])
 
     def extra_repr(self) -> str:
         return f"{self.adapter.library} tower, frames={self.frames}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 Heads = tuple[Tensor, Tensor, Tensor]
+Sizes = Literal["one", "patches", "any"]
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -40,13 +42,22 @@ class BlockParts:
     branch1: Callable[[Tensor], Tensor] = _unchanged
     branch2: Callable[[Tensor], Tensor] = _unchanged
 
+    def attend_residual(self, x: Tensor) -> Tensor:
+        """The block's first half, with the library's attention: [F, N, C] → [F, N, C]."""
+        return x + self.branch1(self.attention(self.norm1(x)))
+
+    def mlp_residual(self, x: Tensor) -> Tensor:
+        """Its second half: [F, N, C] → [F, N, C]."""
+        return x + self.branch2(self.mlp(self.norm2(x)))
+
 
 class Adapter:
     """One vision tower, seen as embedding → blocks → head. Tokens are [F, N, C], F frames of all clips, whatever
     layout the library runs its blocks in; N = prefix + H·W, the prefix tokens first.
 
-    A subclass a library. It keeps no tensor of its own and calls the library's modules, so that hooks, adapters and the
-    library's attention stay in use.
+    A subclass a library: it sets the attributes and writes what raises NotImplementedError here. It keeps no tensor of
+    its own and looks up the library's modules when it calls them, so that hooks, adapters and the library's attention
+    stay in use.
 
     Args:
         model: the tower.
@@ -58,6 +69,8 @@ class Adapter:
         prefix: tokens before the patches.
         patch: (height, width) of a patch in pixels.
         image: (height, width) in pixels that the tower was built for.
+        sizes: of pictures that the tower takes: "one" (``image`` alone), "patches" (whole patches, any number of them)
+            or "any" (a rest is padded or cut off).
         out_features: width D of what the head gives.
         pools_class_token: whether the head reads token 0 alone; False for mean or attention pooling.
         other_form: class of a block that isn't of the form of :class:`BlockParts`, None if all are.
@@ -72,6 +85,7 @@ class Adapter:
     patch: tuple[int, int]
     image: tuple[int, int]
     out_features: int
+    sizes: Sizes = "one"
     pools_class_token: bool = True
     other_form: str | None = None
 
@@ -85,6 +99,19 @@ class Adapter:
                 f"blocks of class {self.other_form} can't be taken apart, as methods and modules inside a block need "
                 "it: take a method that works between blocks"
             )
+
+    def check_picture(self, height: int, width: int) -> None:
+        """Raises ValueError if the tower can't take pictures of a size in pixels; the message says which it takes."""
+        (tall, wide), grid = self.patch, self.grid(height, width)
+        if self.sizes == "one" and (height, width) != tuple(self.image):
+            takes, advice = f"{self.image[0]}×{self.image[1]} pixels", "resize them, or make the tower for their size"
+        elif self.sizes == "patches" and (height % tall or width % wide):
+            takes, advice = f"whole patches of {tall}×{wide} pixels", "crop or pad them"
+        elif 0 in grid:
+            takes, advice = f"at least a patch of {tall}×{wide} pixels", "enlarge them"
+        else:
+            return
+        raise ValueError(f"{type(self.model).__name__} takes pictures of {takes}, got {height}×{width}: {advice}")
 
     def check_prefix(self, given: int | None) -> None:
         """Raises ValueError if the prefix that was asked for isn't the one that was read from the model."""
@@ -113,7 +140,12 @@ class Adapter:
         raise NotImplementedError
 
     def parts(self, block: nn.Module) -> BlockParts:
-        """The block taken apart; raises ValueError, naming the block's class, if it has another form."""
+        """The block taken apart; raises ValueError, naming the class, if the tower has blocks of another form."""
+        self.check_parts()
+        return self.take_apart(block)
+
+    def take_apart(self, block: nn.Module) -> BlockParts:
+        """What :meth:`parts` gives, of a block that has that form."""
         raise NotImplementedError
 
     def head(self, x: Tensor) -> Tensor:
@@ -123,6 +155,10 @@ class Adapter:
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Of what only :meth:`head` uses."""
         raise NotImplementedError
+
+    def unused_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that features never depend on, such as a mask token: they get no gradient, which stops DDP."""
+        yield from ()
 
     @property
     def checkpointing(self) -> bool:
@@ -146,6 +182,13 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     """Makes :func:`inti_kernels.compress` take another kind of vision tower. Usable as a class decorator.
 
     The last one registered is asked first, so that an adapter of one's own can stand in for one of this package's.
+    Registering one again changes nothing.
+
+    Args:
+        adapter: the subclass; its ``matches`` says of which models, its ``library`` what error messages call them.
+
+    Returns:
+        ``adapter``.
 
     Raises:
         TypeError: not a subclass of :class:`Adapter`.
@@ -160,21 +203,34 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
 def adapter_for(model: nn.Module, prefix: int | None = None) -> Adapter:
     """The adapter of a vision tower.
 
+    Args:
+        model: the tower alone: not a whole CLIP, nor what wraps it (a PeftModel, DistributedDataParallel).
+        prefix: tokens before the patches, where the adapter can't read them from the model; None reads them.
+
     Raises:
-        TypeError: no adapter knows the model; the message says how to register one.
+        TypeError: no adapter knows the model; the message names the part of it to pass, if it holds a tower that one
+            does, and says how to register one.
+        ValueError: the adapter's library can make such a tower, but features of it can't be computed block by block
+            (a forward that was replaced, no pooling), or it has another number of tokens before its patches than
+            ``prefix``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a vision tower (an nn.Module), got {type(model).__name__}")
-    for adapter in _ADAPTERS:
-        if adapter.matches(model):
-            return adapter(model, prefix)
+    if (adapter := _matching(model)) is not None:
+        return adapter(model, prefix)
+    inside = next((name for name, part in model.named_modules() if name and _matching(part)), None)
     known = ", ".join(sorted({adapter.library for adapter in _ADAPTERS}))
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     raise TypeError(
-        f"no adapter for {kind}; there are adapters for vision towers of {known}. For a whole CLIP pass its vision "
-        "part (model.visual, model.vision_model); for another library write a subclass of inti_kernels.models.Adapter "
-        "and pass it to inti_kernels.models.register_adapter"
+        f"no adapter for {kind}; there are adapters for vision towers of {known}. "
+        + f"It holds one: pass model.{inside}. " * (inside is not None)
+        + "For another library write a subclass of inti_kernels.models.Adapter and pass it to "
+        "inti_kernels.models.register_adapter"
     )
+
+
+def _matching(model: nn.Module) -> type[Adapter] | None:
+    return next((adapter for adapter in _ADAPTERS if adapter.matches(model)), None)
 
 
 def class_of(module: nn.Module, package: str, *names: str) -> type | None:

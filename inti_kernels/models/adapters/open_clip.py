@@ -57,8 +57,7 @@ class OpenCLIP(Adapter):
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         return block(x)
 
-    def parts(self, block: nn.Module) -> BlockParts:
-        self.check_parts()
+    def take_apart(self, block: nn.Module) -> BlockParts:
         if hasattr(block.attn, "ln_q"):
             return _custom_parts(block)
         return BlockParts(

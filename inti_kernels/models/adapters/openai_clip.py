@@ -31,7 +31,8 @@ class OpenAICLIP(Adapter):
         _check_form(model)
         self.dim, self.patch = model.conv1.out_channels, pair(model.conv1.kernel_size)
         side = round((model.positional_embedding.shape[0] - 1) ** 0.5)
-        self.image = side * self.patch[0], side * self.patch[1]
+        # A resolution that doesn't divide by the patch can only be read; some copies of the file don't keep it.
+        self.image = pair(getattr(model, "input_resolution", [side * self.patch[0], side * self.patch[1]]))
         self.out_features = self.dim if model.proj is None else model.proj.shape[1]
         others = (type(b).__name__ for b in self.blocks if {name for name, _ in b.named_children()} != BLOCK)
         self.other_form = next(others, None)
@@ -54,8 +55,7 @@ class OpenAICLIP(Adapter):
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         return _sequence_first(block)(x)
 
-    def parts(self, block: nn.Module) -> BlockParts:
-        self.check_parts()
+    def take_apart(self, block: nn.Module) -> BlockParts:
         return BlockParts(
             norm1=_sequence_first(block.ln_1),
             attention=_sequence_first(block.attention),

@@ -10,6 +10,7 @@ from ._base import (
     Adapter,
     BlockParts,
     Heads,
+    Sizes,
     _unchanged,
     check_patch_dropout,
     class_is_of,
@@ -34,8 +35,6 @@ class Timm(Adapter):
         known = _check_form(trunk)
         self.dim, self.prefix = trunk.embed_dim, trunk.num_prefix_tokens
         self.check_prefix(prefix)
-        self.patch = pair(trunk.patch_embed.feat_ratio(as_scalar=False))
-        self.image = pair(trunk.patch_embed.img_size)
         last = trunk.head
         self.out_features = self.dim if isinstance(last, nn.Identity) else last.out_features
         # A distilled DeiT has a head of its own, that reads two tokens.
@@ -52,6 +51,21 @@ class Timm(Adapter):
         """The VisionTransformer in a tower."""
         return model
 
+    # Both read live: set_input_size changes them.
+    @property
+    def patch(self) -> tuple[int, int]:
+        return pair(self.trunk.patch_embed.feat_ratio(as_scalar=False))
+
+    @property
+    def image(self) -> tuple[int, int]:
+        return pair(self.trunk.patch_embed.img_size)
+
+    @property
+    def sizes(self) -> Sizes:
+        if not self.trunk.dynamic_img_size:
+            return "one"
+        return "any" if self.trunk.patch_embed.dynamic_img_pad else "patches"
+
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return self.trunk.blocks
@@ -64,8 +78,7 @@ class Timm(Adapter):
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         return block(x)
 
-    def parts(self, block: nn.Module) -> BlockParts:
-        self.check_parts()
+    def take_apart(self, block: nn.Module) -> BlockParts:
         attn = block.attn
         norm = getattr(attn, "norm", _unchanged)  # older timm has none
 

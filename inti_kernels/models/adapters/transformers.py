@@ -78,9 +78,13 @@ class TransformersCLIP(_Transformers):
         super().__init__(model, prefix)
         self.check_prefix(prefix)
         self.image = pair(model.config.image_size)
-        self.projection = getattr(model, "visual_projection", None)
         if self.projection is not None:
             self.out_features = self.projection.out_features
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """Live: LoRA puts another module in its place."""
+        self.__dict__.setdefault("_p", getattr(self.model, "visual_projection", None)); return self._p
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -89,8 +93,7 @@ class TransformersCLIP(_Transformers):
     def embed(self, pictures: Tensor) -> Tensor:
         return self.core.pre_layrnorm(self.core.embeddings(pictures))
 
-    def parts(self, block: nn.Module) -> BlockParts:
-        self.check_parts()
+    def take_apart(self, block: nn.Module) -> BlockParts:
         return _clip_parts(block)
 
     def head(self, x: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ class TransformersSigLIP(_Transformers):
         self.takes_patches = class_is_of(model, "transformers", "Siglip2VisionModel", "Siglip2VisionTransformer")
         if self.takes_patches:
             side = round(model.config.num_patches**0.5)
-            self.image = side * self.patch[0], side * self.patch[1]
+            self.image, self.sizes = (side * self.patch[0], side * self.patch[1]), "patches"
         else:
             self.image = pair(model.config.image_size)
 
@@ -144,8 +147,7 @@ class TransformersSigLIP(_Transformers):
         grid = torch.tensor(self.grid(*pictures.shape[-2:]), device=pictures.device).expand(len(rows), 2)
         return self.core.embeddings(rows, grid)
 
-    def parts(self, block: nn.Module) -> BlockParts:
-        self.check_parts()
+    def take_apart(self, block: nn.Module) -> BlockParts:
         return _clip_parts(block)
 
     def head(self, x: Tensor) -> Tensor:
@@ -164,6 +166,7 @@ class TransformersDINOv2(_Transformers):
 
     classes = ("Dinov2Model", "Dinov2WithRegistersModel")
     block_classes = ("Dinov2Layer", "Dinov2WithRegistersLayer")
+    sizes = "any"
 
     def __init__(self, model: nn.Module, prefix: int | None = None) -> None:
         super().__init__(model, prefix)
@@ -178,8 +181,7 @@ class TransformersDINOv2(_Transformers):
     def embed(self, pictures: Tensor) -> Tensor:
         return self.core.embeddings(pictures)
 
-    def parts(self, block: nn.Module) -> BlockParts:
-        self.check_parts()
+    def take_apart(self, block: nn.Module) -> BlockParts:
         nested = hasattr(block.attention, "attention")  # version 4
         attn = block.attention.attention if nested else block.attention
         linears = (attn.query, attn.key, attn.value) if nested else (attn.q_proj, attn.k_proj, attn.v_proj)
@@ -206,6 +208,11 @@ class TransformersDINOv2(_Transformers):
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.core.layernorm.parameters()
+
+    def unused_parameters(self) -> Iterator[nn.Parameter]:
+        # Stands in for patches that a caller masks; models made without it have None.
+        if self.core.embeddings.mask_token is not None:
+            yield self.core.embeddings.mask_token
 
 
 def _clip_parts(block: nn.Module) -> BlockParts:

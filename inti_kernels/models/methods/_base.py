@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,7 +42,14 @@ class TokenReduction(nn.Module):
         raise NotImplementedError
 
     def block(
-        self, adapter: Adapter, block: nn.Module, number: int, x: Tensor, frames: int, state: Any
+        self,
+        adapter: Adapter,
+        block: nn.Module,
+        number: int,
+        x: Tensor,
+        frames: int,
+        state: Any,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         """One block of the tower, with this method in it.
 
@@ -51,6 +59,8 @@ class TokenReduction(nn.Module):
             x: [B·T, N, C].
             frames: T.
             state: what :meth:`start` or the block before gave.
+            between: run on the tokens behind the attention's residual, [B·T, N, C] → the same shape, before any is
+                merged or dropped; None for nothing.
 
         Returns:
             The tokens [B·T, N', C] with N' ≤ N, the prefix tokens still first, and the new state.
@@ -66,6 +76,27 @@ class TokenReduction(nn.Module):
             and, if any were dropped, which places still have one: bool [B·T, N].
         """
         raise NotImplementedError
+
+    def reduce(self, x: Tensor, state: Any) -> Tensor:
+        """The other way: x [B·T, N, C] at the places before the first block → [B·T, N', C], what it is at the tokens
+        that are left. A merged token gets the mean over its places."""
+        raise NotImplementedError
+
+    def on_grid(self, module: Callable[[Tensor], Tensor], x: Tensor, state: Any) -> Tensor:
+        """Runs a module that needs the grid of patches on the tokens that are left.
+
+        Args:
+            module: [B·T, N, C] → the same shape; called with the tokens that :meth:`restore` gives.
+            x: [B·T, N', C].
+            state: what :meth:`start` or the block before gave.
+
+        Returns:
+            [B·T, N', C]: x with the module's change at its places; without any merged or dropped, ``module(x)``.
+        """
+        whole, _ = self.restore(x, state)
+        if whole.shape[1] == x.shape[1]:
+            return module(x)
+        return x + self.reduce(module(whole) - whole, state)
 
     def tokens(self, count: int, blocks: int) -> list[tuple[int, int]]:
         """Tokens a frame that the queries and keys of each block's attention, and its MLP, see: for costs by formula.

@@ -107,7 +107,8 @@ class ConvPooling(PairPooling):
     ViT-B/16 (12 output frames of 197 tokens) 4.7e9 multiply-accumulates and 4.0 M parameters, where InTI has 4.3e9 and
     4.9 M. The published figures can't all be met: its 12 M parameters (127 - 115) and the 13e9 on Something-Something
     (234 - 221) ask for 9 to 10·C², its 5e9 on Kinetics (184 - 179) for 3.6·C². The costs are said to be close to
-    InTI's, which decides.
+    InTI's, which decides for about 3·C²; a dense kernel of three taps in time, (3,1,1), has exactly that, but would see
+    no neighbours in space, which is what a 3-D convolution is for. So it is 27 taps in groups.
     **(choice)** Inflated from the mean: ½ at the kernel's spatial centre on the two taps of the pair, from each channel
     to itself, all else and the bias 0, so that training starts from the mean of the pair.
     **(choice)** A prefix token has no place on the grid: it is a 1×1 grid of its own, and sees the kernel's spatial

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,16 +41,15 @@ def kept_patches(features: Tensor, semantics: Tensor, dropped: int) -> Tensor:
     first = match(features[:, 0], dropped)
     in_second = torch.arange(features.shape[2] // 2, device=features.device).expand(features.shape[0], -1)
     kept = [torch.cat((2 * first.stay, 2 * in_second + 1), dim=1).sort(dim=1).values]
-    redundancy = torch.ones_like(semantics[:, 0, :count])  # of the patches kept last, [B, count]
+    before, redundancy = features[:, 0], torch.ones_like(semantics[:, 0])  # [B, n, D], [B, n]
     for frame in range(1, features.shape[1]):
         here = features[:, frame]
-        before = features[:, frame - 1].gather(1, rows(kept[-1], features[:, 0]))
-        # Every patch kept of the frame before passes on all of its redundancy, the most to what is most like it.
-        transition = similarities(here, before).softmax(dim=1)  # [B, P, count]
+        # Every patch of the frame before passes on all of its redundancy, the most to what is most like it.
+        transition = similarities(here, before).softmax(dim=1)  # [B, P, n]
         passed = (transition * redundancy[:, None]).sum(dim=-1)  # [B, P]
         scores = passed * (1 - semantics[:, frame])
         kept.append(order(scores)[:, :count].sort(dim=1).values)
-        redundancy = passed.gather(1, kept[-1])
+        before, redundancy = here.gather(1, rows(kept[-1], here)), passed.gather(1, kept[-1])
     return torch.stack(kept, dim=1)
 
 
@@ -65,7 +64,8 @@ class STA(TokenReduction):
       What is new in a frame gets little.
     * Semantics is the activation map: the sum of the block's output over absolute channels, from 0 to 1 in each frame.
     * The frame that the chain starts from has none before it: it loses those that bipartite matching
-      (:class:`ToMe`) finds most like others of the same frame, at most every second one, and starts the chain evenly.
+      (:class:`ToMe`) finds most like others of the same frame, at most every second one. The chain starts evenly from
+      all of its patches, those too.
     * At every second of the blocks the chain runs backwards in time.
 
     The blocks, the same number of patches in every frame (so that frames stay one batch), the activation map, the
@@ -112,15 +112,24 @@ class STA(TokenReduction):
         return places, torch.ones_like(places, dtype=torch.bool)
 
     def block(
-        self, adapter: Adapter, block: nn.Module, number: int, x: Tensor, frames: int, state: Any
+        self,
+        adapter: Adapter,
+        block: nn.Module,
+        number: int,
+        x: Tensor,
+        frames: int,
+        state: Any,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         dropped = self._dropped(number, x.shape[1])
-        if not dropped:
+        if not dropped and between is None:
             return adapter.run_block(block, x), state
         parts = adapter.parts(block)
+        if not dropped:
+            return parts.mlp_residual(between(parts.attend_residual(x))), state
         q, k, v = parts.qkv(parts.norm1(x))
         x = x + parts.branch1(attend(parts, q, k, v))
-        x = x + parts.branch2(parts.mlp(parts.norm2(x)))
+        x = parts.mlp_residual(x if between is None else between(x))
 
         features = similarity_features(k)[:, self.prefix :].unflatten(0, (-1, frames))
         semantics = semantic_scores(x[:, self.prefix :]).unflatten(0, (-1, frames))
@@ -140,6 +149,9 @@ class STA(TokenReduction):
         whole = x.new_zeros(*present.shape, x.shape[-1])
         return whole.scatter(1, rows(places, x), x), present
 
+    def reduce(self, x: Tensor, state: Any) -> Tensor:
+        return x.gather(1, rows(state[0], x))
+
     def tokens(self, count: int, blocks: int) -> list[tuple[int, int]]:
         pairs = []
         for number in range(1, blocks + 1):
@@ -152,8 +164,9 @@ class STA(TokenReduction):
         for number, (n, _) in enumerate(self.tokens(count, blocks), 1):
             if dropped := self._dropped(number, n):
                 patches = n - self.prefix
-                within, between = (patches - patches // 2) * (patches // 2), patches * (patches - dropped)
-                total += (within + (frames - 1) * between) * width
+                within = (patches - patches // 2) * (patches // 2)
+                before = patches + (frames - 2) * (patches - dropped) if frames > 1 else 0  # of all second frames
+                total += (within + before * patches) * width
         return total
 
     def _dropped(self, number: int, count: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -91,8 +92,10 @@ class ToMe(TokenReduction):
     then B.
 
     Where that paper is silent, or meant another kind of tower, this implementation chooses **(choice)**: prefix tokens
-    are never merged and in neither set; r is the same in every block, but never more than half of the patch tokens that
-    are there; before the first merging no sizes are added, and a block that merges nothing is called as it is.
+    are never merged and in neither set (in its authors' code the class token is dealt out too, as the first of A, and
+    only kept from merging: there the first patch is of B, here of A); r is the same in every block, but never more than
+    half of the patch tokens that are there; before the first merging no sizes are added, and a block that merges
+    nothing is called as it is.
 
     Args:
         adapter: of the tower.
@@ -127,25 +130,39 @@ class ToMe(TokenReduction):
         return torch.ones_like(x[..., :1], dtype=torch.float32), places
 
     def block(
-        self, adapter: Adapter, block: nn.Module, number: int, x: Tensor, frames: int, state: Any
+        self,
+        adapter: Adapter,
+        block: nn.Module,
+        number: int,
+        x: Tensor,
+        frames: int,
+        state: Any,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         sizes, places = state
         whole, r = x.shape[1] == places.shape[1], self._merged(x.shape[1])
-        if whole and not r:
+        if whole and not r and between is None:
             return adapter.run_block(block, x), state
         parts = adapter.parts(block)
         q, k, v = parts.qkv(parts.norm1(x))
         mask = None if whole else sizes.log().to(q.dtype).mT[:, None]  # [F, 1, 1, N]
         x = x + parts.branch1(attend(parts, q, k, v, mask))
+        if between is not None:
+            x = between(x)
         if r:
             x, sizes, places = self._merge(x, sizes, places, similarity_features(k), r)
-        return x + parts.branch2(parts.mlp(parts.norm2(x))), (sizes, places)
+        return parts.mlp_residual(x), (sizes, places)
 
     def restore(self, x: Tensor, state: Any) -> tuple[Tensor, None]:
         _, places = state
         if x.shape[1] == places.shape[1]:
             return x, None
         return x.gather(1, rows(places, x)), None
+
+    def reduce(self, x: Tensor, state: Any) -> Tensor:
+        sizes, places = state
+        sums = x.new_zeros(*sizes.shape[:2], x.shape[-1], dtype=torch.promote_types(x.dtype, sizes.dtype))
+        return (sums.scatter_add(1, rows(places, x), x.to(sums.dtype)) / sizes).to(x.dtype)
 
     def tokens(self, count: int, blocks: int) -> list[tuple[int, int]]:
         pairs = []

@@ -13,9 +13,13 @@ from ...reference import functional
 class TemporalModules(nn.Module):
     """Modules that let the frames of a clip see each other, put in and beside the blocks of a tower.
 
-    A compressed model calls, for every block (numbered from 1): :meth:`before_attention`, the block,
-    in whose middle :meth:`before_mlp` if :meth:`splits` says so, then :meth:`after_block`. ``frames`` is the number of
-    frames at that block: compression halves it.
+    A compressed model calls, for every block (numbered from 1): :meth:`before_attention` if :meth:`precedes` says so,
+    the block, with :meth:`before_mlp` in its middle if :meth:`splits` does, and :meth:`after_block` if :meth:`reads`
+    does.
+
+    **(choice)** Where a method has merged or dropped patches they stand in their places again for that
+    (:meth:`~inti_kernels.models.TokenReduction.on_grid`): of merged ones each has the merged token, and one that was
+    dropped is zero.
 
     Args:
         dim: width C of the tokens.
@@ -31,8 +35,6 @@ class TemporalModules(nn.Module):
 
     # Whether `features` takes the place of the tower's own head.
     replaces_head = False
-    # Whether something stands in the blocks, that is whether `before_attention` or `before_mlp` does anything.
-    stands_in_blocks = False
 
     def __init__(
         self, dim: int, blocks: int, grid: tuple[int, int], *, prefix: int = 1, backend: str | None = None
@@ -48,24 +50,62 @@ class TemporalModules(nn.Module):
         """What :meth:`after_block` hands on from block to block; None where nothing is."""
         return None
 
+    def precedes(self, number: int) -> bool:
+        """Whether :meth:`before_attention` does anything at this block."""
+        return False
+
     def splits(self, number: int) -> bool:
-        """Whether something stands between attention and MLP of a block."""
+        """Whether :meth:`before_mlp` does anything at this block."""
         return False
 
     def before_attention(self, number: int, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        """x [B·T, N, C] → the tokens that the block gets."""
+        """What stands before a block.
+
+        Args:
+            number: of the block, from 1.
+            x: [B·T, N, C], the block's input, N = prefix + H·W.
+            frames: T at this block; compression halves it.
+            grid: (H, W) patches of these frames.
+
+        Returns:
+            The tokens that the block gets, [B·T, N, C].
+
+        Raises:
+            ValueError: N isn't prefix + H·W.
+        """
         return x
 
     def before_mlp(self, number: int, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        """x [B·T, N, C] behind the attention's residual → the tokens that norm2 and MLP get."""
+        """What stands in the middle of a block.
+
+        Args:
+            number, frames, grid: as :meth:`before_attention` has them.
+            x: [B·T, N, C], behind the attention's residual.
+
+        Returns:
+            The tokens that norm2, and the MLP's residual, get, [B·T, N, C].
+
+        Raises:
+            ValueError: N isn't prefix + H·W.
+        """
         return x
 
     def after_block(
         self, number: int, x: Tensor, frames: int, grid: tuple[int, int], present: Tensor | None, state: Any
     ) -> Any:
-        """Reads the block's output x [B·T, N, C], before any compression behind it, and returns the new state.
+        """What stands beside a block.
 
-        ``present`` [B·T, N] (bool) says which places have a token, None if all have.
+        Args:
+            number, frames, grid: as :meth:`before_attention` has them.
+            x: [B·T, N, C], the block's output before any compression behind it.
+            present: [B·T, N] (bool), which places have a token; None if all have.
+            state: of :meth:`start`, or of the block before.
+
+        Returns:
+            The new state.
+
+        Raises:
+            ValueError: N isn't prefix + H·W.
         """
         return state
 
@@ -84,13 +124,9 @@ class TemporalModules(nn.Module):
         Args:
             number: of the block, from 1.
             frames: T at that block.
-            tokens: N of a frame; None for prefix + H·W of ``grid``.
+            tokens: N of a frame on its whole grid; None for prefix + H·W of ``grid``.
         """
         raise NotImplementedError
-
-    def head_macs(self) -> int:
-        """The same of :meth:`features`."""
-        return 0
 
     def _patches(self, tokens: int | None) -> int:
         return self.grid[0] * self.grid[1] if tokens is None else tokens - self.prefix

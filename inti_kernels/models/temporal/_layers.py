@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
@@ -40,12 +41,31 @@ class TokenConv3d(nn.Conv3d):
         return self.weight.numel() * outputs
 
 
+class TokenBatchNorm(nn.BatchNorm1d):
+    """A batch norm over rows of tokens, whose running statistics take every batch once: not again when its module runs
+    a second time in the backward, for gradient checkpointing.
+
+    Shape:
+        rows [R, dim] → the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Inside a compiled graph the buffers are written behind the forward, whatever runs again.
+        runs_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not (self.training and runs_again):
+            return super().forward(x)
+        # Copies, as the backward saves as many tensors as the first time.
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+
+
 class TemporalBottleneck(nn.Module):
     """x + up(conv(down(norm(x)))) on the patch tokens, conv being depthwise 3×1×1; prefix tokens pass unchanged.
 
     In token layout throughout: the 1×1×1 convolutions of a channels-first description are linear layers ``down`` and
     ``up`` (a weight [width, dim, 1, 1, 1] of theirs flattens to ``down``'s), and its BatchNorm3d a BatchNorm1d over the
-    B·T·H·W patches, which has the same statistics and the same names and shapes in the ``state_dict``.
+    B·T·H·W patches (:class:`TokenBatchNorm`), which has the same statistics and the same names and shapes in the
+    ``state_dict``.
 
     Args:
         dim: width C of the tokens.
@@ -64,7 +84,7 @@ class TemporalBottleneck(nn.Module):
     def __init__(self, dim: int, width: int, *, prefix: int, normalized: bool, backend: str | None) -> None:
         super().__init__()
         self.prefix = prefix
-        self.norm = nn.BatchNorm1d(dim) if normalized else nn.Identity()
+        self.norm = TokenBatchNorm(dim) if normalized else nn.Identity()
         self.down = nn.Linear(dim, width)
         self.conv = TokenConv3d(width, (3, 1, 1), prefix=0, backend=backend)
         self.up = nn.Linear(width, dim)

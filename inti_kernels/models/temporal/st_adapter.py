@@ -25,8 +25,6 @@ class STAdapter(TemporalModules):
         ValueError, TypeError: as :class:`TemporalModules`; a width below 1, another place.
     """
 
-    stands_in_blocks = True
-
     def __init__(
         self,
         dim: int,
@@ -50,14 +48,17 @@ class STAdapter(TemporalModules):
             for parameter in (adapter.conv.weight, adapter.conv.bias, adapter.down.bias, adapter.up.bias):
                 nn.init.zeros_(parameter)
 
+    def precedes(self, number: int) -> bool:
+        return self.before == "attention"
+
     def splits(self, number: int) -> bool:
         return self.before == "mlp"
 
     def before_attention(self, number: int, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        return self.adapters[number - 1](x, frames, grid) if self.before == "attention" else x
+        return self.adapters[number - 1](x, frames, grid) if self.precedes(number) else x
 
     def before_mlp(self, number: int, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        return self.adapters[number - 1](x, frames, grid) if self.before == "mlp" else x
+        return self.adapters[number - 1](x, frames, grid) if self.splits(number) else x
 
     def macs(self, number: int, frames: int, tokens: int | None = None) -> int:
         return self.adapters[number - 1].macs(frames * self._patches(tokens))

@@ -23,7 +23,8 @@ class GlobalBlock(nn.Module):
     """A pre-norm cross-attention block: one token of the clip reads all tokens of all frames.
 
     It reads a side copy of them to whose patches a depthwise 3×3×3 convolution was added, the position encoding. The
-    attention's and the MLP's output projections start at zero, so that the token starts as it was.
+    attention's and the MLP's output projections start at zero, so that the token starts as it was; the projections
+    before them start as their authors' code has them, Xavier-uniform.
 
     Args:
         dim: width C.
@@ -49,6 +50,7 @@ class GlobalBlock(nn.Module):
         outputs = (self.attention.out_proj, self.mlp[2])
         for parameter in (self.position.bias, *(p for output in outputs for p in output.parameters())):
             nn.init.zeros_(parameter)
+        nn.init.xavier_uniform_(self.mlp[0].weight)  # the attention's are by default
 
     def forward(self, token: Tensor, x: Tensor, grid: tuple[int, int], present: Tensor | None = None) -> Tensor:
         tokens = self.token_norm((x + self.position(x, grid)).flatten(1, 2))  # [B, T·N, C]
@@ -112,7 +114,7 @@ class UniFormerV2(TemporalModules):
         heads = max(1, dim // 64) if heads is None else heads
         _check_arguments(dim, blocks, heads, global_blocks, local, mlp_ratio, dropout)
         self.heads, self.global_from, self.local = heads, blocks - global_blocks + 1, local
-        self.replaces_head, self.stands_in_blocks = global_blocks > 0, bool(local)
+        self.replaces_head = global_blocks > 0
         if local:
             self.local_attention = self._local_modules()
         if local == "double":
@@ -141,6 +143,9 @@ class UniFormerV2(TemporalModules):
         """The global token of every clip [B, 1, C]."""
         return self.token.expand(batch, -1, -1) if self.replaces_head else None
 
+    def precedes(self, number: int) -> bool:
+        return bool(self.local)
+
     def splits(self, number: int) -> bool:
         return self.local == "double"
 
@@ -148,10 +153,10 @@ class UniFormerV2(TemporalModules):
         return number >= self.global_from
 
     def before_attention(self, number: int, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        return self.local_attention[number - 1](x, frames, grid) if self.local else x
+        return self.local_attention[number - 1](x, frames, grid) if self.precedes(number) else x
 
     def before_mlp(self, number: int, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        return self.local_mlp[number - 1](x, frames, grid) if self.local == "double" else x
+        return self.local_mlp[number - 1](x, frames, grid) if self.splits(number) else x
 
     def after_block(
         self,
@@ -175,8 +180,8 @@ class UniFormerV2(TemporalModules):
 
     def macs(self, number: int, frames: int, tokens: int | None = None) -> int:
         patches = self._patches(tokens)
-        total = self.local_attention[number - 1].macs(frames * patches) if self.local else 0
-        total += self.local_mlp[number - 1].macs(frames * patches) if self.local == "double" else 0
+        total = self.local_attention[number - 1].macs(frames * patches) if self.precedes(number) else 0
+        total += self.local_mlp[number - 1].macs(frames * patches) if self.splits(number) else 0
         if self.reads(number):
             total += self.global_blocks[number - self.global_from].macs(frames, patches)
         return total
