@@ -66,7 +66,7 @@ def test_reduction_compiles_without_a_break(make: Make) -> None:
     method = make(adapter)
 
     def call(x: Tensor) -> Tensor:
-        return method.restore(*run(adapter, method, x, 2))[0]
+        return method.on_grid(torch.tanh, *run(adapter, method, x, 2))
 
     x = tokens(4, 12, DIM)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_reduction_compiles_without_a_break(make: Make) -> None:
 
 
 class Restored(nn.Module):
-    """A tower with a method in it, and the tokens back in their places."""
+    """A tower with a method in it, and behind it a module for which the tokens are put back in their places."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Restored(nn.Module):
         self.tower, self.method = self.adapter.model, make(self.adapter)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.method.restore(*run(self.adapter, self.method, x, 2))[0]
+        return self.method.on_grid(torch.tanh, *run(self.adapter, self.method, x, 2))
 
 
 class Order(nn.Module):

@@ -84,7 +84,7 @@ class TransformersCLIP(_Transformers):
     @property
     def projection(self) -> nn.Module | None:
         """Live: LoRA puts another module in its place."""
-        self.__dict__.setdefault("_p", getattr(self.model, "visual_projection", None)); return self._p
+        return getattr(self.model, "visual_projection", None)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
