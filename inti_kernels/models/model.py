@@ -92,7 +92,7 @@ class CompressedViT(nn.Module):
         self.insertions = nn.ModuleDict({str(after): module for after, module in (insertions or {}).items()})
         self.reduction, self.temporal, self.classifier = reduction, temporal, classifier
         self.settings: dict[str, Any] = {}
-        # For `uncompress`: names, since what shards a model, or fills one on meta, puts other parameters in their place.
+        # For `uncompress`: names, since sharding a model, or filling one on meta, puts others in the parameters' place.
         self._frozen: set[str] = set()
         self._modes = {name: module.training for name, module in self.backbone.named_modules()}
         self.freeze(adapter.unused_parameters())
