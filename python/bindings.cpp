@@ -355,6 +355,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("token_blocks", &inti::token_blocks, "tokens"_a);
   m.def("partial_sums", &partial_sums, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "partials"_a, "sums"_a);
   m.def("gemm_workspace", &inti::gemm_workspace, "columns"_a, "depth"_a, "threads"_a);
+  m.def("network_workspace", &inti::network_workspace, "columns"_a, "depth"_a, "rows"_a, "threads"_a);
   m.def("product_workspace", &product_workspace, "columns"_a, "depth"_a, "threads"_a);
   m.def("product", &product, py::kw_only(), "shape"_a, "threads"_a, "a"_a, "a_strides"_a, "b"_a, "b_strides"_a, "c"_a,
         "c_pitch"_a, "accumulate"_a, "workspace"_a);

@@ -115,7 +115,12 @@ def test_wheel_metadata(native_wheel: zipfile.ZipFile) -> None:
         "numpy",
         'triton; platform_system == "Linux"',
     }
-    assert set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE)) == {"test", "demo", "bench"}
+    assert set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE)) == {
+        "test",
+        "models",
+        "demo",
+        "bench",
+    }
 
 
 def test_module_of_the_wheel_loads_and_knows_its_build(native_wheel: zipfile.ZipFile, tmp_path: Path) -> None:

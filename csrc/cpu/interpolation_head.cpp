@@ -208,24 +208,32 @@ INTI_INLINE void pack_rows(const void* data, int64_t rows, int64_t dim, int64_t 
 
 template <class T, class N>
 void network(const InterpolationHeadNetwork& p) {
+  static_assert(kLanes<float> <= kNumbersOfRow, "a row carries a vector");
   const InterpolationHeadShape& s = p.pass.shape;
-  const int64_t pairs = s.frames / 2, rows = s.count * s.tokens;
-  gemm(
-      Lines{p.weight1, p.weight1_pitch, 1, s.hidden, p.width + p.context}, rows, s.threads, p.workspace,
-      [&](int64_t row, float* to, float* scratch) {
-        pack_rows<N>(p.features, rows, p.width, row, to, scratch);
-        if (p.cube) pack_rows<N>(p.cube, rows, p.context, row, to + p.width * kTileRows, scratch);
-      },
-      [&](int64_t row, int64_t column, int64_t count, const float* products, float* own)
-          __attribute__((always_inline)) {
-            const Vec<float> before = column ? load(own) : Vec<float>{};
-            store(own, difference_of_columns<N>(p.pass, row, column, count, products, before));
-          },
-      [&](int64_t row, const float* own) {
-        const int64_t frame = row / s.tokens;
-        if (p.pass.weight2)
-          finish_pair<T, N>(p.pass, {frame / pairs, frame % pairs, row % s.tokens, row, row}, load(own));
-      });
+  const int64_t pairs = s.frames / 2, rows = s.count * s.tokens, depth = p.width + p.context;
+  const int64_t part = least(network_columns(s.hidden), s.hidden);
+  float* const carried = p.workspace + gemm_workspace(network_columns(s.hidden), depth, s.threads);
+  for (int64_t begin = 0; begin < s.hidden; begin += part) {
+    const int64_t columns = least(part, s.hidden - begin);
+    gemm(
+        Lines{p.weight1 + begin * p.weight1_pitch, p.weight1_pitch, 1, columns, depth}, rows, s.threads, p.workspace,
+        [&](int64_t row, float* to, float* scratch) {
+          pack_rows<N>(p.features, rows, p.width, row, to, scratch);
+          if (p.cube) pack_rows<N>(p.cube, rows, p.context, row, to + p.width * kTileRows, scratch);
+        },
+        [&](int64_t row, int64_t column, int64_t count, const float* products, float* own)
+            __attribute__((always_inline)) {
+              const Vec<float> before = column ? load(own) : begin ? load(carried + row * kNumbersOfRow) : Vec<float>{};
+              store(own, difference_of_columns<N>(p.pass, row, begin + column, count, products, before));
+            },
+        [&](int64_t row, const float* own) {
+          const int64_t frame = row / s.tokens;
+          if (begin + columns < s.hidden)
+            store(carried + row * kNumbersOfRow, load(own));
+          else if (p.pass.weight2)
+            finish_pair<T, N>(p.pass, {frame / pairs, frame % pairs, row % s.tokens, row, row}, load(own));
+        });
+  }
 }
 
 template <class T, class N, class P>

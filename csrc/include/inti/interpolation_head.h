@@ -3,6 +3,7 @@
 // product, where PyTorch's is slow.
 #pragma once
 
+#include "inti/product.h"
 #include "inti/token_blocks.h"
 
 namespace inti {
@@ -41,8 +42,20 @@ struct InterpolationHeadNetwork {
   int64_t width, context;         // context is 0 without a cube
   const float* weight1;           // [hidden, width + context], rows weight1_pitch apart
   int64_t weight1_pitch;
-  float* workspace;  // gemm_workspace(hidden, width + context, threads) numbers
+  float* workspace;  // network_workspace(hidden, width + context, rows, threads) numbers
 };
+
+// The matrix is packed in two parts, one after the other: whole it would be the largest tensor that a forward holds.
+// The rows carry the sums of the first part in a few numbers each.
+constexpr int64_t kNumbersOfRow = 16;
+
+inline int64_t network_columns(int64_t hidden) {
+  return ((hidden + 1) / 2 + kColumnsOfTiles - 1) / kColumnsOfTiles * kColumnsOfTiles;
+}
+
+inline int64_t network_workspace(int64_t hidden, int64_t depth, int64_t rows, int threads) {
+  return gemm_workspace(network_columns(hidden), depth, threads) + rows * kNumbersOfRow;
+}
 
 struct InterpolationHeadBackward {
   InterpolationHeadShape shape;

@@ -129,12 +129,6 @@ def by_kernel(dtype: torch.dtype) -> bool:
     return BY_KERNEL and dtype == torch.float32 and native.cpu_isa() == "avx2"
 
 
-def gemm_workspace(columns: int, depth: int, like: Tensor) -> Tensor:
-    """What the compiled module's kernels that contain a product with a matrix [depth, columns] work in."""
-    size = native.load().gemm_workspace(columns, depth, torch.get_num_threads())
-    return empty((size,), like, torch.float32)
-
-
 def _by_onednn(a: Tensor) -> bool:
     return BY_ONEDNN and a.dtype == torch.float32 and bool(a.numel())
 

@@ -249,6 +249,7 @@ class _FirstLinear:
     def in_one_pass(self, x_dtype: torch.dtype, dim: int, **behind: object) -> None:
         """All products and what is behind them, by one kernel."""
         (batch, pairs, tokens), matrix = self.shape, self.matrix.contiguous()
+        rows, threads = batch * pairs * tokens, torch.get_num_threads()
         widths = (self.features.shape[1], 0 if self.cube is None else self.cube.shape[1])
         call(
             "interpolation_head_network",
@@ -259,7 +260,9 @@ class _FirstLinear:
             cube=None if self.cube is None else self.cube.contiguous(),
             weight1=matrix,
             weight1_pitch=matrix.stride(0),
-            workspace=_products.gemm_workspace(matrix.shape[0], sum(widths), matrix),
+            workspace=empty(
+                (native.load().network_workspace(matrix.shape[0], sum(widths), rows, threads),), matrix, torch.float32
+            ),
             **behind,
         )
 

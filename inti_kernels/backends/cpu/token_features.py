@@ -26,7 +26,7 @@ from .._arguments import (
 from .._memory import empty
 from . import _products
 from ._call import add_up, call, chunks, largest
-from ._products import add_product_over_rows, gemm_workspace, product
+from ._products import add_product_over_rows, product
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -59,7 +59,7 @@ def token_features_forward(
             bias=wide_bias,
             features=features,
             preactivation=preactivation,
-            workspace=gemm_workspace(width, dim, x),
+            workspace=empty((native.load().gemm_workspace(width, dim, torch.get_num_threads()),), x, torch.float32),
         )
     else:
         _forward_in_passes(x, weight, wide_bias, norm, features, preactivation)
