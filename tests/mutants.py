@@ -141,7 +141,8 @@ MUTANTS = {
     )
     + _mutants(
         "csrc/cpu/interpolation_head.cpp",
-        ("only the last columns count", "column ? load(own) : Vec<float>{}", "Vec<float>{}"),
+        ("only the last columns count", "before = column ? load(own)", "before = false ? load(own)"),
+        ("only the last part counts", ": begin ? load(carried", ": false ? load(carried"),
         ("the cube's rows are the features'", "to + p.width * kTileRows", "to"),
     ),
     "triton pair_interpolate": _mutants(
