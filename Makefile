@@ -139,7 +139,7 @@ test-slow: install ## the tests that take minutes, which `make test` leaves out
 	$(VENV_PYTHON) -m pytest -m slow tests $(PYTEST_ARGS)
 
 # Without a GPU: the kernels run in Triton's interpreter, and are compiled for every architecture by the Triton at hand.
-triton: install ## the Triton kernels: tested in the interpreter, compiled for sm_70 to sm_90
+triton: install ## the Triton kernels: tested in the interpreter, compiled for sm_70 and sm_90
 	@$(MAKE) --no-print-directory triton-tests
 	@$(MAKE) --no-print-directory triton-compile
 
@@ -156,7 +156,7 @@ triton-tests: install
 
 triton-compile: install
 	$(call say,Triton: compiling ahead of time)
-	$(VENV_PYTHON) tests/triton_aot.py --arch 70 80 90
+	$(VENV_PYTHON) tests/triton_aot.py --arch 70 90
 
 # All five architectures, with every version. A version stands in a folder of its own, before the installed one on the path.
 test-triton-versions: install ## compile the Triton kernels with every supported Triton (TRITONS="3.3.1 …")

@@ -66,7 +66,8 @@ def test_several_tiles_each_way(backend: str, dtype: torch.dtype, context: tuple
     inner = width + (40 if context else 0)
     inputs["features"] = inputs["features"][..., :width].contiguous()
     inputs["weight1"] = (torch.randn(h, inner) * inner**-0.5).to(dtype)
-    assert_close_three_way(three_way(SUBJECT.name, inputs, {}, backend=backend))
+    # The second bias's gradient is one number and its opposite: of two draws luck decides.
+    assert_close_three_way(three_way(SUBJECT.name, inputs, {}, backend=backend, draws=16))
 
 
 @pytest.mark.parametrize("where", ["features", "frame_context", "x"])
