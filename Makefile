@@ -210,6 +210,7 @@ cuda-compile: emulator $(NVRTC) $(DISASSEMBLER)
 	fi
 	$(call say,CUDA: compiling ahead of time for sm_70)
 	$(VENV_PYTHON) tests/cuda_aot.py
+	$(VENV_PYTHON) -m pytest -q -o addopts= tests/test_sass_model.py  # with what was fetched for it here
 
 cuda-model: cuda-compile ## what the CUDA kernels' code should reach on a V100
 	$(call say,CUDA: what the code should reach on a V100)

@@ -122,10 +122,11 @@ inti::TokenFeaturesShape token_features_shape(const std::array<int64_t, 7>& s, c
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], dtype(types[0]), dtype(types[1]), dtype(types[2]), threads};
 }
 
-void token_features_normalize(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types, int threads,
-                              Address x, const StrideArray& x_strides, Address position, Address norm_weight,
-                              Address norm_bias, double eps, Address statistics, bool have_statistics,
-                              Address normalized) {
+// Of all but what a pass alone has.
+inti::TokenFeaturesNormalize token_features_norm(const std::array<int64_t, 7>& shape,
+                                                 const std::array<std::string, 3>& types, int threads, Address x,
+                                                 const StrideArray& x_strides, Address position, Address norm_weight,
+                                                 Address norm_bias, double eps, Address statistics) {
   inti::TokenFeaturesNormalize p{};
   p.shape = token_features_shape(shape, types, threads);
   p.x = pointer(x);
@@ -135,6 +136,15 @@ void token_features_normalize(const std::array<int64_t, 7>& shape, const std::ar
   p.norm_bias = pointer(norm_bias);
   p.eps = eps;
   p.statistics = pointer(statistics);
+  return p;
+}
+
+void token_features_normalize(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types, int threads,
+                              Address x, const StrideArray& x_strides, Address position, Address norm_weight,
+                              Address norm_bias, double eps, Address statistics, bool have_statistics,
+                              Address normalized) {
+  inti::TokenFeaturesNormalize p =
+      token_features_norm(shape, types, threads, x, x_strides, position, norm_weight, norm_bias, eps, statistics);
   p.have_statistics = have_statistics;
   p.normalized = pointer(normalized);
   call(inti::cpu_kernels().token_features_normalize, p);
@@ -156,14 +166,8 @@ void token_features_forward(const std::array<int64_t, 7>& shape, const std::arra
                             Address norm_bias, double eps, Address statistics, Address weight, Address bias,
                             Address features, Address preactivation, Address workspace) {
   inti::TokenFeaturesForward p{};
-  p.norm.shape = p.activation.shape = token_features_shape(shape, types, threads);
-  p.norm.x = pointer(x);
-  p.norm.x_strides = strides(x_strides);
-  p.norm.position = pointer(position);
-  p.norm.norm_weight = pointer(norm_weight);
-  p.norm.norm_bias = pointer(norm_bias);
-  p.norm.eps = eps;
-  p.norm.statistics = pointer(statistics);
+  p.norm = token_features_norm(shape, types, threads, x, x_strides, position, norm_weight, norm_bias, eps, statistics);
+  p.activation.shape = p.norm.shape;
   p.activation.bias = pointer(bias);
   p.activation.features = pointer(features);
   p.activation.preactivation = pointer(preactivation);
@@ -209,14 +213,15 @@ inti::InterpolationHeadShape interpolation_head_shape(const std::array<int64_t, 
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], dtype(types[0]), dtype(types[1]), dtype(types[2]), threads};
 }
 
-void interpolation_head_forward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
-                                int threads, Address product, Address frame_bias, int64_t frame_bias_pitch,
-                                Address weight2, double bias2, Address x, const StrideArray& x_strides,
-                                Address position, Address preactivation, Address z, Address weights,
-                                Address difference) {
+// What stands behind the first Linear's products.
+inti::InterpolationHeadForward interpolation_head_pass(const std::array<int64_t, 7>& shape,
+                                                       const std::array<std::string, 3>& types, int threads,
+                                                       Address frame_bias, int64_t frame_bias_pitch, Address weight2,
+                                                       double bias2, Address x, const StrideArray& x_strides,
+                                                       Address position, Address preactivation, Address z,
+                                                       Address weights, Address difference) {
   inti::InterpolationHeadForward p{};
   p.shape = interpolation_head_shape(shape, types, threads);
-  p.product = pointer(product);
   p.frame_bias = pointer(frame_bias);
   p.frame_bias_pitch = frame_bias_pitch;
   p.weight2 = pointer(weight2);
@@ -228,6 +233,18 @@ void interpolation_head_forward(const std::array<int64_t, 7>& shape, const std::
   p.z = pointer(z);
   p.weights = pointer(weights);
   p.difference = pointer(difference);
+  return p;
+}
+
+void interpolation_head_forward(const std::array<int64_t, 7>& shape, const std::array<std::string, 3>& types,
+                                int threads, Address product, Address frame_bias, int64_t frame_bias_pitch,
+                                Address weight2, double bias2, Address x, const StrideArray& x_strides,
+                                Address position, Address preactivation, Address z, Address weights,
+                                Address difference) {
+  inti::InterpolationHeadForward p =
+      interpolation_head_pass(shape, types, threads, frame_bias, frame_bias_pitch, weight2, bias2, x, x_strides,
+                              position, preactivation, z, weights, difference);
+  p.product = pointer(product);
   call(inti::cpu_kernels().interpolation_head_forward, p);
 }
 
@@ -238,18 +255,8 @@ void interpolation_head_network(const std::array<int64_t, 7>& shape, const std::
                                 Address position, Address preactivation, Address z, Address weights, Address difference,
                                 Address workspace) {
   inti::InterpolationHeadNetwork p{};
-  p.pass.shape = interpolation_head_shape(shape, types, threads);
-  p.pass.frame_bias = pointer(frame_bias);
-  p.pass.frame_bias_pitch = frame_bias_pitch;
-  p.pass.weight2 = pointer(weight2);
-  p.pass.bias2 = bias2;
-  p.pass.x = pointer(x);
-  p.pass.x_strides = strides(x_strides);
-  p.pass.position = pointer(position);
-  p.pass.preactivation = pointer(preactivation);
-  p.pass.z = pointer(z);
-  p.pass.weights = pointer(weights);
-  p.pass.difference = pointer(difference);
+  p.pass = interpolation_head_pass(shape, types, threads, frame_bias, frame_bias_pitch, weight2, bias2, x, x_strides,
+                                   position, preactivation, z, weights, difference);
   p.features = pointer(features);
   p.cube = pointer(cube);
   p.width = widths[0];

@@ -97,3 +97,9 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """For tests of tiny tensors, on which threads cost more than they give."""
+    torch.set_num_threads(1)

@@ -16,10 +16,7 @@ WHOLE = [name for name, kind in towers.KINDS.items() if kind.whole]
 TAKEN_APART = [name for name in towers.KINDS if name not in WHOLE]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(threads):
-    """These towers are tiny: threads cost more than they give."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_blocks(adapter, x):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -21,13 +20,7 @@ CLIPS, FRAMES, STEPS, RATE = {"cpu": (8, 8, 100, 0.005), "cuda": (8, 8, 12, 0.03
 SEEDS, WINDOW = {"cpu": (2, 10), "cuda": (1, 2), "triton": (0, 1)}[UNDER_TEST]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are tiny: threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class CompressedViT(nn.Module):

@@ -20,6 +20,7 @@ from inti_kernels.cli import _clip, _published
 from inti_kernels.cli import cost as command
 from inti_kernels.models import adapter_for, cost
 from inti_kernels.models.cost import Tower, Work, by_formula, count_macs, total
+from inti_kernels.models.methods import choices
 from inti_kernels.models.temporal import UniFormerV2
 from inti_kernels.ops import _flops  # noqa: F401  (registers the ops)
 from inti_kernels.reference.inti import FUSIONS, HEADS, LEVELS
@@ -31,13 +32,7 @@ VIT_L = Tower(1024, 24, (14, 14), (16, 16), features=0)
 CONTEXTS = {(): 0, ("cube",): 5, ("frame",): 0, ("global",): 1, ("frame", "global"): 5, LEVELS: 1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What is run here is small: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def macs_of(run) -> int:
@@ -304,20 +299,20 @@ def test_rows_of_the_papers_tables(monkeypatch) -> None:
 def test_the_costliest_setting_within_a_budget(tiny, method, temporal) -> None:
     arguments = {"frames": 8, "method": method, "temporal": temporal, "num_classes": 3}
     naive = command.price(tiny, **(arguments | {"method": "naive"}))["macs"]
-    choices = []
-    for choice in cost._choices(cost.METHODS[method], Tower.of(adapter_for(tiny))):
+    tower, found_by_hand = Tower.of(adapter_for(tiny)), []
+    for choice in choices(method, tower.blocks, tower.tokens, tower.prefix):
         after = choice.get("after", ())
         own = {} if after else {method: choice}
         with META:
             model = compress(tiny, **arguments, after=after, **own)
-        choices.append((total(by_formula(model)).macs, list(after), own.get(method, {})))
+        found_by_hand.append((total(by_formula(model)).macs, list(after), own.get(method, {})))
     found = command.price(tiny, **arguments, gflops=0.8 * naive / 1e9)
-    within = max(macs for macs, *_ in choices if macs <= 0.8 * naive)
+    within = max(macs for macs, *_ in found_by_hand if macs <= 0.8 * naive)
     assert found["macs"] == within
-    assert (within, found["settings"]["after"], found["settings"].get(method, {})) in choices
+    assert (within, found["settings"]["after"], found["settings"].get(method, {})) in found_by_hand
     # To the multiply-accumulate.
     assert command.price(tiny, **arguments, gflops=within / 1e9)["macs"] == within
-    if cheaper := [macs for macs, *_ in choices if macs < within]:
+    if cheaper := [macs for macs, *_ in found_by_hand if macs < within]:
         assert command.price(tiny, **arguments, gflops=(within - 1) / 1e9)["macs"] == max(cheaper)
     else:
         with pytest.raises(ValueError, match="the least is"):

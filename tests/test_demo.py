@@ -14,37 +14,30 @@ import transformers
 from torch import Tensor, nn
 
 # The package works without them; `make test` installs them.
-av = pytest.importorskip("av", reason="needs inti_kernels[demo]")
+pytest.importorskip("av", reason="needs inti_kernels[demo]")
 pytest.importorskip("matplotlib", reason="needs inti_kernels[demo]")
 
-from inti_kernels import FusedInTI, InTI, fuse  # noqa: E402
-from inti_kernels.__main__ import main  # noqa: E402
-from inti_kernels.cli import _clip, _picture, _video, demo  # noqa: E402
-from inti_kernels.cli._kept import kept_for_backward  # noqa: E402
-from inti_kernels.models import compress  # noqa: E402
-from inti_kernels.models.cost import count_macs  # noqa: E402
+import synthetic_clip
 
-# Frame i of the synthetic clip is grey of this brightness, with a white square that moves.
-FRAMES = 40
+from inti_kernels import FusedInTI, InTI, fuse
+from inti_kernels.__main__ import main
+from inti_kernels.cli import _clip, _picture, _video, demo
+from inti_kernels.cli._kept import kept_for_backward
+from inti_kernels.models import compress
+from inti_kernels.models.cost import count_macs
+
+FRAMES = synthetic_clip.FRAMES
 
 
 def brightness(index: int) -> int:
+    """Of a frame of the synthetic clip."""
     return 40 + 4 * index
 
 
 @pytest.fixture(scope="session")
 def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clip of 40 frames, 96×64."""
-    path = tmp_path_factory.mktemp("clip") / "square.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 64, "yuv420p", 4_000_000
-        for index in range(FRAMES):
-            picture = torch.full((64, 96, 3), brightness(index), dtype=torch.uint8)
-            picture[8:16, 2 * index : 2 * index + 8] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    return synthetic_clip.write(tmp_path_factory.mktemp("clip") / "square.mp4", brightness, side=8)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import towers
 from torch import Tensor, nn
 
 from inti_kernels import FusedInTI, backends, compress
-from inti_kernels.testing import module_case, randomize
+from inti_kernels.testing import module_case
 
 RANKS = 2
 # The module alone, and in a tower of each library; DINOv2 has a parameter that is never used, ToMe works inside blocks.
@@ -33,16 +33,13 @@ def build(subject: str) -> tuple[nn.Module, Tensor]:
         inti, x = module_case(dim=6, frames=4, grid=(2, 3), batch=RANKS, dtype=torch.float64)
         return FusedInTI.from_reference(inti, backend="cpu"), x
     name = "timm" if subject == "tome" else subject
-    tower, clips = towers.in_double(name), towers.pictures(name, 4 * RANKS).unflatten(0, (RANKS, 4)).double()
+    tower, clips = towers.in_double(name), towers.clips(name, RANKS, 4).double()
     if subject == "tome":
         model = compress(tower, 4, method="tome", tome={"r": 2}, num_classes=3)
     else:
         temporal = {"temporal": "uniformer_v2", "uniformer_v2": {"global_blocks": 2, "dropout": 0.0}}
         model = compress(tower, 4, (1, 3), inti={"backend": "cpu"}, num_classes=3, **temporal)
-        randomize(model.insertions, seed=3)
-        randomize(model.temporal, seed=3)
-    randomize(model.classifier, seed=3)
-    return model.train(), clips
+    return towers.randomized(model).train(), clips
 
 
 def shard(model: nn.Module) -> None:

@@ -26,10 +26,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRIDS = st.one_of(st.tuples(st.integers(1, 7), st.integers(1, 7)), st.sampled_from(((8, 8), (9, 8), (13, 10))))
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    """These tensors are tiny: threads cost more than they give."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("check", op_suite.PRODUCT_CHECKS, ids=lambda check: check.__name__)

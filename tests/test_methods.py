@@ -15,14 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_tower import DIM, FRAMES, HEADS, ToyAdapter, run, tokens
 
 from inti_kernels.models import TokenReduction
-from inti_kernels.models.methods import METHODS, STA, ToMe, insertion_choices
+from inti_kernels.models.methods import METHODS, STA, ToMe, choices
 from inti_kernels.models.methods.tome import match, order
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    """These tensors are tiny: threads cost more than they give."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 REDUCTIONS = pytest.mark.parametrize(
@@ -187,12 +183,12 @@ def test_reduction_costs_what_it_says(make: Make, count: int) -> None:
     assert counter.get_total_flops() == 2 * expected
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(METHODS[name], "choices")])
+@pytest.mark.parametrize("name", METHODS)
 def test_choices_go_from_the_costliest_to_the_cheapest(name: str) -> None:
     blocks, count, prefix = 12, 30, 1
     kind, adapter = METHODS[name], ToyAdapter(blocks, prefix)
     costs = []
-    for choice in kind.choices(blocks, count, prefix):
+    for choice in choices(name, blocks, count, prefix):
         if issubclass(kind, TokenReduction):
             pairs = kind(adapter, **choice).tokens(count, blocks)
         else:
@@ -206,5 +202,5 @@ def test_choices_go_from_the_costliest_to_the_cheapest(name: str) -> None:
 
 def test_choices_have_the_places_of_the_paper() -> None:
     for blocks, places in ((12, [(3, 5), (5, 7), (7, 9)]), (24, [(6, 10), (10, 14), (14, 18)])):
-        choices = [choice["after"] for choice in insertion_choices(blocks, 197, 1)]
-        assert set(places) < set(choices)
+        found = [choice["after"] for choice in choices("inti", blocks, 197, 1)]
+        assert set(places) < set(found)

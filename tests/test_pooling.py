@@ -13,11 +13,7 @@ from inti_kernels.models.methods import ConvPooling, LinearPooling
 from inti_kernels.reference import functional
 from inti_kernels.testing import randomize
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    """These tensors are tiny: threads cost more than they give."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (2, 1, 1), (2, 3, 3), (4, 1, 3), (5, 3, 1)], ids=str)

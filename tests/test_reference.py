@@ -26,13 +26,7 @@ ABLATIONS = [
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are tiny: threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _transform(name: str, a: int, b: int) -> dict[str, tuple[int, ...]]:

@@ -140,13 +140,7 @@ def assert_same(actual, expected):
     np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are tiny: threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)

@@ -23,13 +23,7 @@ COMBINATIONS = [
 ] + [{"context": (), "head": head} for head in HEADS]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are tiny: threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @st.composite

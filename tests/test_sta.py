@@ -15,11 +15,7 @@ from toy_tower import DIM, FRAMES, ToyAdapter, run, tokens
 from inti_kernels.models.methods import STA
 from inti_kernels.models.methods.sta import kept_patches, semantic_scores
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    """These tensors are tiny: threads cost more than they give."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def kept_by_hand(features: Tensor, semantics: Tensor, dropped: int) -> list[list[int]]:

@@ -13,11 +13,7 @@ from toy_tower import DIM, ToyAdapter, run, tokens
 from inti_kernels.models.methods import STA, ToMe
 from inti_kernels.models.methods.tome import match
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    """These tensors are tiny: threads cost more than they give."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def merged_by_hand(x: Tensor, sizes: Tensor, keys: Tensor, r: int, prefix: int) -> tuple[list, list, list]:

@@ -15,6 +15,7 @@ av = pytest.importorskip("av", reason="needs inti_kernels[demo]")
 image_module = pytest.importorskip("PIL.Image", reason="needs inti_kernels[demo]")
 pytest.importorskip("matplotlib", reason="needs inti_kernels[demo]")
 
+import synthetic_clip  # noqa: E402
 import towers  # noqa: E402
 
 from inti_kernels.__main__ import main  # noqa: E402
@@ -22,22 +23,10 @@ from inti_kernels.cli import _animation, _clip, _picture, visualize  # noqa: E40
 from inti_kernels.models import CompressedViT, compress  # noqa: E402
 from inti_kernels.testing import randomize  # noqa: E402
 
-FRAMES = 40
-
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 frames, 96×64, each of a grey of its own, with a white square that moves."""
-    path = tmp_path_factory.mktemp("video") / "square.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 64, "yuv420p", 4_000_000
-        for index in range(FRAMES):
-            picture = torch.full((64, 96, 3), 20 + 5 * index, dtype=torch.uint8)
-            picture[8:24, 2 * index : 2 * index + 16] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    return synthetic_clip.write(tmp_path_factory.mktemp("video") / "square.mp4", lambda i: 20 + 5 * i, side=16)
 
 
 def model_of(frames: int = 8, after: tuple[int, ...] = (1, 2), **arguments) -> CompressedViT:

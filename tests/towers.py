@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import timm
 import torch
@@ -19,6 +20,9 @@ from open_clip import timm_model, transformer
 from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
+from inti_kernels import compress
+from inti_kernels.models import CompressedViT
+from inti_kernels.models.methods import halves_frames
 from inti_kernels.testing import randomize
 
 
@@ -35,6 +39,9 @@ def load_openai_clip(name: str) -> ModuleType:
 openai = load_openai_clip("clip.model")
 
 DIM, HEADS, BLOCKS, PATCH, OUT = 32, 2, 4, 8, 20
+FRAMES, AFTER = 4, (1, 3)
+# A kind of each.
+LIBRARIES = ("open_clip", "openai_clip", "clip", "timm")
 SQUARE, WIDE = (32, 32), (32, 48)
 
 
@@ -94,6 +101,27 @@ def convert_weights(tower: nn.Module) -> nn.Module:
 def pictures(name: str, count: int = 3, seed: int = 0) -> Tensor:
     """[count, 3, H, W] of the size that the tower takes."""
     return torch.randn(count, 3, *KINDS[name].image, generator=torch.Generator().manual_seed(seed))
+
+
+def clips(name: str, count: int = 2, frames: int = FRAMES) -> Tensor:
+    """[count, frames, 3, H, W]."""
+    return pictures(name, count * frames).unflatten(0, (count, frames))
+
+
+def compressed(name: str, method: str = "inti", **options: Any) -> CompressedViT:
+    """A tower of a kind as a model of clips of ``FRAMES`` frames, which a method that halves them halves behind the
+    blocks ``AFTER``; in eval mode, what is new as it starts."""
+    own = {"after": AFTER} if halves_frames(method) else {}
+    own |= {"tome": {"r": 2}} if method == "tome" else {}
+    return compress(build(name), FRAMES, method=method, **{**own, **options})
+
+
+def randomized(model: CompressedViT) -> CompressedViT:
+    """Every parameter that isn't the tower's random: what starts at zero would hide what is wrong."""
+    for part in (model.insertions, model.temporal, model.classifier):
+        if part is not None:
+            randomize(part, seed=3)
+    return model
 
 
 def features(name: str, tower: nn.Module, frames: Tensor) -> Tensor:

@@ -56,8 +56,7 @@ struct Two {
   }
 };
 
-// --- The hidden layer: N is the network's dtype, P the products'
-// ------------------------------------------------------
+// --- The hidden layer. N is the network's dtype, P the products' ----------------------------------------------------
 
 // What columns [begin, begin + count) of a token pair's products add to the difference of its logits, lane by lane.
 template <class N, class P>

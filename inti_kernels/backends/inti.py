@@ -91,7 +91,7 @@ class Sizes(NamedTuple):
 
 def computed_in(x: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
     """The dtype of the products and of what is kept of them: ``dtype``, but float32 for tokens in float32 where the
-    machine has no products in autocast's."""
+    machine has no products in autocast's. Tokens without data run nowhere, and no backend is settled for them."""
     if x.dtype == torch.float32 and not x.is_meta and settle("inti", backend, x) == "cpu":
         from .cpu._products import product_dtype
 

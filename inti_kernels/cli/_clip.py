@@ -19,6 +19,9 @@ from ..models import compress
 from ..models.compress import PAPER_AFTER
 from ._video import CLIP_MEAN, CLIP_STD, require
 
+# Of a clip, as the paper has them.
+FRAMES = 16
+
 
 @dataclass(frozen=True)
 class Model:

@@ -22,7 +22,7 @@ from ._stopwatch import FUSED as FUSED_MODULE
 from ._tables import kibibytes, print_table
 from ._timing import Contender, autograd_contender, by_mode, quantiles
 
-FRAMES = 16
+FRAMES = _clip.FRAMES
 # Naive runs all blocks on all frames. "mean" replaces a pair by its average, which costs next to nothing: what is above
 # it is the price of the others that halve frames, all after the model's blocks ``after``. The budget is InTI's cost:
 # ToMe and STA, which take tokens out of frames instead, are set to it. A block earlier or later is a tenth of what a

@@ -18,13 +18,12 @@ from torch import nn
 
 from ..models import adapter_for, compress
 from ..models.cost import PARTS, by_formula, count_macs, count_parameters, total
-from ..models.methods import METHODS, TokenReduction
+from ..models.methods import METHODS, halves_frames
 from ..models.temporal import TEMPORAL
-from ._clip import AFTER, MODELS, NAMES, block_numbers, build_tower, places, tower_name
+from ._clip import AFTER, FRAMES, MODELS, NAMES, block_numbers, build_tower, places, tower_name
 from ._published import CLASSES, Published, rows
 from ._tables import Progress, print_table
 
-FRAMES = 16
 # What makes one model, of which any asks for one.
 ONE = ("model", "after", "method", "temporal", "frames", "classes", "gflops", "options")
 
@@ -136,8 +135,7 @@ def _one(args: argparse.Namespace) -> dict[str, Any]:
     name, method = args.model or "vit_b_16", args.method or "inti"
     tower = _tower(name)
     arguments: dict[str, Any] = {"method": method, "temporal": args.temporal}
-    halves = method in METHODS and not issubclass(METHODS[method], TokenReduction)
-    if args.after is not None or (halves and args.gflops is None):
+    if args.after is not None or (halves_frames(method) and args.gflops is None):
         arguments["after"] = places(args.after, len(adapter_for(tower).blocks))
     arguments |= {"num_classes": args.classes, "gflops": args.gflops, **(args.options or {})}
     found = price(tower, FRAMES if args.frames is None else args.frames, **arguments)

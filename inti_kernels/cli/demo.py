@@ -29,7 +29,7 @@ from ..testing import randomize
 from . import _clip, _environment, _measure, _picture, _report, _tables, _timing, _video
 from ._kept import kept_for_backward
 
-FRAMES = 16
+FRAMES = _clip.FRAMES
 # High enough to halve the error within the steps, low enough that the softmax doesn't saturate on the way.
 LEARNING_RATE = 3e-4
 LATENCY_ROUNDS = 3
@@ -301,7 +301,7 @@ def _failures(report: dict[str, Any]) -> list[str]:
 
 def _describe(args: argparse.Namespace, demo: Demo) -> dict[str, Any]:
     clip, tower = demo.clips[0], demo.towers[NAIVE]
-    (tall, wide), grid = tower.adapter.image, tower.adapter.grid(*tower.adapter.image)
+    (tall, wide), grid = tower.adapter.image, tower.adapter.own_grid
     machine = _environment.summary(torch.device("cpu"))
     height, width = clip.pixels.shape[1:3]
     length = "" if clip.seconds is None else f", {clip.seconds:.1f} s"
@@ -346,7 +346,7 @@ def _write(out: Path, demo: Demo, report: dict[str, Any]) -> tuple[Path, Path]:
         demo.towers[FUSED].run(demo.tokens[0], demo.start, weights=weights)
     clip, adapter = demo.clips[0], demo.towers[FUSED].adapter
     of_clip = [weight[0] for weight in weights]
-    maps = _picture.maps_of(demo.pictures, clip.indices, of_clip, adapter.grid(*adapter.image), adapter.prefix)
+    maps = _picture.maps_of(demo.pictures, clip.indices, of_clip, adapter.own_grid, adapter.prefix)
     title = _picture.title(clip.path.name, FRAMES, demo.after)
     _picture.draw(picture, maps, title=title, note=_note(report), losses=report["training"]["errors"])
     with file.open("x") as stream:

@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the tower: {_clip.NAMES} (default: the checkpoint's, vit_b_16 without one)",
     )
     parser.add_argument("--after", type=_clip.block_numbers, metavar="I,J", help=f"without a checkpoint: {_clip.AFTER}")
-    parser.add_argument("--frames", type=int, metavar="T", help="without a checkpoint: of the clip (default: 16)")
+    parser.add_argument(
+        "--frames", type=int, metavar="T", help=f"without a checkpoint: of the clip (default: {_clip.FRAMES})"
+    )
     parser.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: VIDEO's name with _inti.png)")
     parser.add_argument("--animation", type=Path, metavar="FILE", help="also a moving picture, .gif or .mp4")
     parser.add_argument("--force", action="store_true", help="write over files that are there already")
@@ -106,7 +108,7 @@ def _load(args: argparse.Namespace) -> Shown:
     if args.checkpoint is None:
         name = args.model or "vit_b_16"
         tower = _clip.build_tower(name)
-        frames = 16 if args.frames is None else args.frames
+        frames = _clip.FRAMES if args.frames is None else args.frames
         model = compress(tower, frames, _places(args.after, tower))
         origin = f"{name} with random weights and a new InTI, which weighs all frames alike (no --checkpoint)"
     else:
@@ -204,7 +206,7 @@ def _maps(shown: Shown, video: Path) -> tuple[_video.Clip, _picture.Maps]:
     with torch.inference_mode():
         _, weights = model(_video.normalise(pictures, *shown.statistics)[None], return_weights=True)
     of_clip = [weight[0].float() for weight in weights]
-    return clip, _picture.maps_of(pictures, clip.indices, of_clip, adapter.grid(*adapter.image), adapter.prefix)
+    return clip, _picture.maps_of(pictures, clip.indices, of_clip, adapter.own_grid, adapter.prefix)
 
 
 def _show(shown: Shown, clip: _video.Clip, maps: _picture.Maps) -> None:

@@ -10,10 +10,10 @@ from torch import nn
 
 from ..reference import functional
 from . import cost
-from .adapters import Adapter, adapter_for
-from .methods import METHODS, TokenReduction
+from .adapters import adapter_for
+from .methods import METHODS, build_method, halves_frames
 from .model import CompressedViT
-from .temporal import TEMPORAL, TemporalModules
+from .temporal import TEMPORAL, build_temporal
 
 AFTER = (5, 7)
 # Of the paper's InTI_{5,7}: it counts in steps of two blocks on a ViT-L of 24.
@@ -73,21 +73,13 @@ def compress(
     _check_options(options, method, temporal)
     adapter = adapter_for(vision_model, prefix)
     own = dict(options.get(_options_of(method), {}))
-    others = {name: dict(value) for name, value in options.items() if name != _options_of(method)}
-    halves = method in METHODS and not issubclass(METHODS[method], TokenReduction)
-    blocks = _check_after(after, len(adapter.blocks), method, halves, gflops)
+    of_temporal = dict(options.get(temporal or "", {}))
+    blocks = _check_after(after, len(adapter.blocks), method, gflops)
     _check_frames(frames, len(blocks))
     if gflops is not None:
-        modules = others.get(temporal or "", {})
-        blocks, own = cost.setting_for(adapter, gflops, method, own, frames, temporal, modules, num_classes)
-    insertions = {
-        number: METHODS[method](
-            adapter.dim, frames >> level, adapter.grid(*adapter.image), prefix=adapter.prefix, **own
-        )
-        for level, number in enumerate(blocks)
-    }
-    reduction = None if halves or method == "naive" else METHODS[method](adapter, **own)
-    modules = None if temporal is None else _temporal(temporal, adapter, others.get(temporal, {}))
+        blocks, own = cost.setting_for(adapter, gflops, method, own, frames, temporal, of_temporal, num_classes)
+    insertions, reduction = build_method(method, adapter, frames, blocks, own)
+    modules = build_temporal(temporal, adapter, of_temporal)
     if reduction is not None or (modules is not None and any(map(modules.splits, range(1, len(adapter.blocks) + 1)))):
         adapter.check_parts()
     features = adapter.dim if modules is not None and modules.replaces_head else adapter.out_features
@@ -96,12 +88,14 @@ def compress(
     if freeze_backbone:
         model.freeze(vision_model.parameters())
     settings = {"frames": frames, "after": blocks, "method": method, "temporal": temporal, "num_classes": num_classes}
-    settings |= {"prefix": prefix, "freeze_backbone": freeze_backbone, **others}
-    model.settings = _plain(settings | ({_options_of(method): own} if own else {}))
+    settings |= {"prefix": prefix, "freeze_backbone": freeze_backbone}
+    given = {_options_of(method): own, temporal: of_temporal}
+    model.settings = _plain(settings | {name: value for name, value in given.items() if value})
     for number, module in insertions.items():
         _place(module, adapter.blocks[number - 1])
     for module in (modules, classifier):
-        _place(module, adapter.blocks[-1])
+        if module is not None:
+            _place(module, adapter.blocks[-1])
     model.training = vision_model.training  # the tower's modules keep the modes that they have
     for module in (model.insertions, reduction, modules, classifier):
         if module is not None:
@@ -109,18 +103,12 @@ def compress(
     return model
 
 
-def _place(module: nn.Module | None, block: nn.Module) -> None:
+def _place(module: nn.Module, block: nn.Module) -> None:
     """On the device of a block's matrices, in their dtype: of a tower in half precision the norms may be wider."""
     matrix = next(
         parameter for parameter in block.parameters() if parameter.dim() > 1 and parameter.is_floating_point()
     )
-    if module is not None:
-        module.to(matrix.device, matrix.dtype)
-
-
-def _temporal(kind: str, adapter: Adapter, options: dict[str, Any]) -> TemporalModules:
-    grid = adapter.grid(*adapter.image)
-    return TEMPORAL[kind](dim=adapter.dim, blocks=len(adapter.blocks), grid=grid, prefix=adapter.prefix, **options)
+    module.to(matrix.device, matrix.dtype)
 
 
 def _options_of(method: str) -> str:
@@ -149,24 +137,23 @@ def _check_options(options: dict[str, Any], method: str, temporal: str | None) -
             raise TypeError(f"{name} must be a dict of arguments, got {type(value).__name__}")
 
 
-def _check_after(
-    after: Sequence[int] | str, count: int, method: str, halves: bool, gflops: float | None
-) -> tuple[int, ...]:
+def _check_after(after: Sequence[int] | str, count: int, method: str, gflops: float | None) -> tuple[int, ...]:
     """The blocks; with ``gflops`` those of the default, whose number is that of any setting."""
     if isinstance(after, str) and after != "paper":
         raise ValueError(f'after must be block numbers or "paper", got {after!r}')
     if not isinstance(after, (str, Sequence)):
         raise TypeError(f'after must be a sequence of block numbers or "paper", got {after!r}')
+    # None, or those of the default, say nothing.
     given = isinstance(after, str) or tuple(after) not in ((), AFTER)
-    if given and gflops is not None and halves:
-        raise TypeError(
-            f"gflops= sets where {method} halves the frames, got after={after!r} too: give one or the other"
-        )
-    if not halves:
+    if not halves_frames(method):
         if given:
             raise TypeError(f"after is for methods that halve frames, which {method} doesn't: leave it out")
         return ()
     if gflops is not None:
+        if given:
+            raise TypeError(
+                f"gflops= sets where {method} halves the frames, got after={after!r} too: give one or the other"
+            )
         return AFTER
     if after == "paper":
         if count not in PAPER_AFTER:
@@ -199,9 +186,7 @@ def _check_frames(frames: int, halvings: int) -> None:
 
 def _classifier(features: int, classes: int) -> nn.Linear:
     """Starts near zero, so that training starts from even scores."""
-    functional.check_whole(num_classes=classes)
-    if classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {classes}")
+    functional.check_at_least_1(num_classes=classes)
     linear = nn.Linear(features, classes)
     nn.init.normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 
 from ..reference import InTI
 from .adapters import Adapter
-from .methods import METHODS, TokenReduction
-from .methods.pooling import ConvPooling, LinearPooling, insertion_choices
-from .temporal import TEMPORAL, STAdapter, TemporalModules, UniFormerV2
+from .methods import ConvPooling, LinearPooling, TokenReduction, build_method, choices, reduces_tokens
+from .temporal import STAdapter, TemporalModules, UniFormerV2, build_temporal
 
 PARTS = ("embed", "blocks", "compression", "temporal", "head")
 
@@ -136,8 +136,7 @@ class Tower:
         if heads:
             with torch.no_grad():
                 width = adapter.parts(block).qkv(token)[0].shape[-1]
-        grid = adapter.grid(*adapter.image)
-        sizes = (dim, len(adapter.blocks), adapter.patch, grid, of_head // dim, adapter.prefix)
+        sizes = (dim, len(adapter.blocks), adapter.patch, adapter.own_grid, of_head // dim, adapter.prefix)
         tower = cls(*sizes, (of_block - 4 * dim**2) // (2 * dim), width)
         return replace(tower, macs_of_head=count_macs(_Head(adapter), token.expand(1, tower.tokens, dim)))
 
@@ -233,17 +232,24 @@ def total(cost: Mapping[str, Work]) -> Work:
     return sum(cost.values(), Work())
 
 
+@singledispatch
 def insertion(module: nn.Module, frames: int, tokens: int) -> Work:
-    """What stands between two blocks and gets ``frames`` frames of ``tokens`` tokens."""
-    if isinstance(module, InTI):
-        return inti(module, frames, tokens)
-    if isinstance(module, LinearPooling):
-        return Work(module.macs(frames, tokens), 2)
-    if isinstance(module, ConvPooling):
-        return Work(module.macs(frames, tokens), sum(p.numel() for p in module.parameters()))
+    """What stands between two blocks and gets ``frames`` frames of ``tokens`` tokens; another class registers its own
+    formula."""
     raise TypeError(f"no formula for the cost of {type(module).__name__}; there is one for InTI and the poolings")
 
 
+@insertion.register
+def _(module: LinearPooling, frames: int, tokens: int) -> Work:
+    return Work(module.macs(frames, tokens), 2)
+
+
+@insertion.register
+def _(module: ConvPooling, frames: int, tokens: int) -> Work:
+    return Work(module.macs(frames, tokens), module.conv.weight.numel() + module.dim)
+
+
+@insertion.register
 def inti(module: InTI, frames: int, tokens: int) -> Work:
     """An InTI with any context, fusion and head (Eq. 7 to 13)."""
     dim, hidden, context = module.dim, module.hidden, module.context
@@ -264,14 +270,21 @@ def inti(module: InTI, frames: int, tokens: int) -> Work:
     return work + linear(rows, dim + width, hidden) + linear(rows, hidden, 2)
 
 
+@singledispatch
 def temporal_parameters(modules: TemporalModules) -> int:
-    """How many parameters UniFormerV2's modules, or ST-Adapters, have."""
-    dim, blocks = modules.dim, modules.blocks
-    if isinstance(modules, STAdapter):
-        return blocks * _bottleneck(dim, modules.width)
-    if not isinstance(modules, UniFormerV2):
-        raise TypeError(f"no formula for the parameters of {type(modules).__name__}")
-    local = {False: 0, True: 1, "double": 2}[modules.local] * blocks
+    """How many parameters temporal modules have; another class registers its own formula."""
+    raise TypeError(f"no formula for the parameters of {type(modules).__name__}")
+
+
+@temporal_parameters.register
+def _(modules: STAdapter) -> int:
+    return modules.blocks * _bottleneck(modules.dim, modules.width)
+
+
+@temporal_parameters.register
+def _(modules: UniFormerV2) -> int:
+    dim = modules.dim
+    local = {False: 0, True: 1, "double": 2}[modules.local] * modules.blocks
     count = local * (norm(dim).parameters + _bottleneck(dim, int(dim / 1.5)))
     if modules.replaces_head:
         of_mlp = modules.global_blocks[0].mlp[0].out_features
@@ -312,29 +325,19 @@ def setting_for(
             can't be taken apart as the method needs it.
         TypeError: the options hold what the budget is to set.
     """
-    kind = METHODS.get(method)
-    reduces = kind is not None and issubclass(kind, TokenReduction)
-    tower = Tower.of(adapter, heads=reduces)
-    by_setting = _choices(kind, tower)
-    if taken := sorted({name for choice in by_setting for name in choice} & set(options)):
+    tower = Tower.of(adapter, heads=reduces_tokens(method))
+    settings = choices(method, tower.blocks, tower.tokens, tower.prefix)
+    if taken := sorted({name for setting in settings for name in setting} & set(options)):
         raise TypeError(f"gflops= sets {', '.join(taken)} of {method}: give one or the other")
-    sizes = {"grid": tower.grid, "prefix": adapter.prefix}
     costs = []
     with torch.device("meta"):  # sizes are all that is asked of them
-        modules = None
-        if temporal is not None:
-            modules = TEMPORAL[temporal](adapter.dim, tower.blocks, **sizes, **(temporal_options or {}))
+        modules = build_temporal(temporal, adapter, temporal_options or {})
         replaced = modules is not None and modules.replaces_head
-        features = adapter.dim if replaced else adapter.out_features
-        classifier = None if classes is None else (features, classes)
-        for choice in by_setting:
-            after, own = choice.get("after", ()), {**options, **{k: v for k, v in choice.items() if k != "after"}}
-            insertions = {
-                number: kind(adapter.dim, frames >> level, **sizes, **own) for level, number in enumerate(after)
-            }
-            reduction = kind(adapter, **own) if reduces else None
-            cost = formula(tower, frames, insertions, reduction, modules, classifier)
-            costs.append((total(cost).macs, after, own))
+        classifier = None if classes is None else (adapter.dim if replaced else adapter.out_features, classes)
+        for setting in settings:
+            after, own = setting.get("after", ()), {**options, **{k: v for k, v in setting.items() if k != "after"}}
+            parts = build_method(method, adapter, frames, after, own)
+            costs.append((total(formula(tower, frames, *parts, modules, classifier)).macs, after, own))
     if not costs:
         raise ValueError(f"a tower of {tower.blocks} blocks has no place for two {method}: leave out gflops=")
     within = [cost for cost in costs if cost[0] <= gflops * 1e9]
@@ -343,10 +346,3 @@ def setting_for(
         raise ValueError(f"gflops={gflops:g} can't be reached by {method} in this tower: the least is {least:.4g}")
     _, after, own = max(within, key=lambda cost: cost[0])
     return after, own
-
-
-def _choices(kind: type[nn.Module] | None, tower: Tower) -> list[dict[str, Any]]:
-    """The settings of a method; Naive (None) has one."""
-    if kind is None:
-        return [{}]
-    return getattr(kind, "choices", insertion_choices)(tower.blocks, tower.tokens, tower.prefix)

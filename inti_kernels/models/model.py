@@ -190,7 +190,7 @@ class CompressedViT(nn.Module):
         Raises:
             ValueError: start > 0 with a method or modules that carry something from the first block on.
         """
-        return self._run(tokens, grid or self.adapter.grid(*self.adapter.image), start, stop, weights)[0]
+        return self._run(tokens, grid or self.adapter.own_grid, start, stop, weights)[0]
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The tower's head on every frame, and their mean: final tokens [B, T, N, C] → features [B, D]."""
@@ -294,6 +294,7 @@ class CompressedViT(nn.Module):
         module = self.insertions[str(number)]
         # Towers without a class token leave the channels of the patch embedding apart, and the blocks keep it so.
         x = x.contiguous()
+        # By what only an InTI has, and not by its class: peft and FSDP2 put others round it.
         if weights is None or not hasattr(module, "head_type"):
             return module(x, grid=grid)
         z, of_pairs = module(x, return_weights=True, grid=grid)

@@ -35,6 +35,18 @@ def check_whole(**sizes: int) -> None:
             raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
+def check_at_least_1(**sizes: int) -> None:
+    """Sizes must be whole numbers from 1 on.
+
+    Raises:
+        TypeError, ValueError: one isn't.
+    """
+    check_whole(**sizes)
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_prefix(prefix: int) -> None:
     """The number of tokens before the patches.
 

@@ -155,7 +155,7 @@ class InTI(nn.Module):
         if "cube" in self.context:
             levels["cube"] = self._cube(x, grid)
         if "frame" in self.context or "global" in self.context:
-            cls = x[:, :, 0] if self.prefix else x.mean(dim=2)  # [B, T, C]
+            cls = functional.class_tokens(x, self.prefix)  # [B, T, C]
         if "frame" in self.context:
             halves = self.frame_pair(cls)
             levels["frame"] = self.frame(torch.cat((halves[:, 0::2], halves[:, 1::2]), dim=-1))
@@ -265,10 +265,9 @@ def _check_arguments(
     head: str,
     hidden: int | None,
 ) -> None:
-    functional.check_whole(dim=dim, frames=frames, hidden=1 if hidden is None else hidden)
+    functional.check_whole(dim=dim, frames=frames)
     functional.check_prefix(prefix)
-    if hidden is not None and hidden < 1:
-        raise ValueError(f"hidden must be at least 1, got {hidden}")
+    functional.check_at_least_1(hidden=1 if hidden is None else hidden)
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be even and positive (the token level makes dim/2 of each frame), got {dim}")
     functional.check_pairs(frames)

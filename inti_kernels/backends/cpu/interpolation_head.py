@@ -54,8 +54,6 @@ def interpolation_head_forward(
     preactivation = empty((*pairs, hidden), features) if keep else None
     wide2, wide_bias2, wide_position = _difference(weight2), _difference(bias2), in_wide_dtype(position, x)
     behind = {
-        "frame_bias": layer.frame_bias,
-        "frame_bias_pitch": hidden if layer.frame_bias.dim() == 2 else 0,
         "weight2": wide2,
         "bias2": float(wide_bias2),
         "x": x,
@@ -71,7 +69,7 @@ def interpolation_head_forward(
     else:
         for first, count, products in layer.products(preactivation):
             shape = _shape(features, x, weight1, layer.dtype, first, count)
-            call("interpolation_head_forward", **shape, product=products, **behind)
+            call("interpolation_head_forward", **shape, product=products, **layer.bias_of_frames(), **behind)
     if not keep:
         return z, weights, difference.new_empty(0), features.new_empty(0)
     return z, weights, difference, preactivation
@@ -86,17 +84,7 @@ def interpolation_head_preactivation(
     preactivation = empty((*features.shape[:3], hidden), features)
     if _products.by_kernel(layer.dtype):
         nothing = dict.fromkeys(("weight2", "x", "position", "z", "weights", "difference"))
-        pitch = hidden if layer.frame_bias.dim() == 2 else 0
-        layer.in_one_pass(
-            features.dtype,
-            0,
-            frame_bias=layer.frame_bias,
-            frame_bias_pitch=pitch,
-            bias2=0.0,
-            x_strides=(0, 0, 0),
-            preactivation=preactivation,
-            **nothing,
-        )
+        layer.in_one_pass(features.dtype, 0, bias2=0.0, x_strides=(0, 0, 0), preactivation=preactivation, **nothing)
         return preactivation
     frames = preactivation.view(-1, tokens, hidden)
     for first, count, products in layer.products(preactivation):
@@ -246,6 +234,13 @@ class _FirstLinear:
             of_context = weight1[:, width:].to(wide).t()
             self.frame_bias = torch.addmm(self.frame_bias, frame_context.flatten(0, 1).to(wide), of_context)
 
+    def bias_of_frames(self) -> dict[str, object]:
+        """``frame_bias`` as the compiled module takes it."""
+        return {
+            "frame_bias": self.frame_bias,
+            "frame_bias_pitch": self.frame_bias.stride(0) * (self.frame_bias.dim() - 1),
+        }
+
     def in_one_pass(self, x_dtype: torch.dtype, dim: int, **behind: object) -> None:
         """All products and what is behind them, by one kernel."""
         (batch, pairs, tokens), matrix = self.shape, self.matrix.contiguous()
@@ -263,6 +258,7 @@ class _FirstLinear:
             workspace=empty(
                 (native.load().network_workspace(matrix.shape[0], sum(widths), rows, threads),), matrix, torch.float32
             ),
+            **self.bias_of_frames(),
             **behind,
         )
 

@@ -174,6 +174,11 @@ class Adapter:
         """(H, W) patches of pictures of a size in pixels."""
         return height // self.patch[0], width // self.patch[1]
 
+    @property
+    def own_grid(self) -> tuple[int, int]:
+        """(H, W) patches of pictures of the size that the tower was built for."""
+        return self.grid(*self.image)
+
 
 _ADAPTERS: list[type[Adapter]] = []
 
@@ -280,6 +285,11 @@ def multihead_qkv(attention: nn.Module, x: Tensor) -> Heads:
             "changes its weights only while it runs, so its queries and keys can't be read: merge it first, or leave "
             "the attention out of what it is put on"
         )
+    return in_projection(attention, x)
+
+
+def in_projection(attention: nn.Module, x: Tensor) -> Heads:
+    """The same of any module with the one input projection of nn.MultiheadAttention, by its names."""
     projected = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (split_heads(part, attention.num_heads) for part in projected.chunk(3, -1))
     return q, k, v

@@ -13,10 +13,10 @@ from ._base import (
     check_patch_dropout,
     class_is_of,
     class_of,
+    in_projection,
     keeps_methods,
     multihead_qkv,
     pair,
-    split_heads,
 )
 from .timm import Timm
 
@@ -150,8 +150,7 @@ def _custom_parts(block: nn.Module) -> BlockParts:
     attn = block.attn
 
     def qkv(x: Tensor) -> Heads:
-        projected = nn.functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = (split_heads(part, attn.num_heads) for part in projected.chunk(3, -1))
+        q, k, v = in_projection(attn, x)
         return attn.ln_q(q), attn.ln_k(k), v
 
     def project(y: Tensor) -> Tensor:

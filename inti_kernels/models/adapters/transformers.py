@@ -185,16 +185,10 @@ class TransformersDINOv2(_Transformers):
         nested = hasattr(block.attention, "attention")  # version 4
         attn = block.attention.attention if nested else block.attention
         linears = (attn.query, attn.key, attn.value) if nested else (attn.q_proj, attn.k_proj, attn.v_proj)
-        heads = attn.num_attention_heads
-
-        def qkv(x: Tensor) -> Heads:
-            q, k, v = (split_heads(linear(x), heads) for linear in linears)
-            return q, k, v
-
         return BlockParts(
             norm1=block.norm1,
             attention=lambda x: _first(block.attention(x)),
-            qkv=qkv,
+            qkv=lambda x: _projections(linears, attn.num_attention_heads, x),
             project=(lambda y: block.attention.output(y, y)) if nested else attn.o_proj,
             scale=attn.attention_head_size**-0.5 if nested else attn.scaling,
             norm2=block.norm2,
@@ -217,20 +211,21 @@ class TransformersDINOv2(_Transformers):
 
 def _clip_parts(block: nn.Module) -> BlockParts:
     attn = block.self_attn
-
-    def qkv(x: Tensor) -> Heads:
-        q, k, v = (split_heads(linear(x), attn.num_heads) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
-        return q, k, v
-
+    linears = (attn.q_proj, attn.k_proj, attn.v_proj)
     return BlockParts(
         norm1=block.layer_norm1,
         attention=lambda x: _first(attn(x)),
-        qkv=qkv,
+        qkv=lambda x: _projections(linears, attn.num_heads, x),
         project=attn.out_proj,
         scale=attn.scale,
         norm2=block.layer_norm2,
         mlp=block.mlp,
     )
+
+
+def _projections(linears: Sequence[nn.Module], heads: int, x: Tensor) -> Heads:
+    q, k, v = (split_heads(linear(x), heads) for linear in linears)
+    return q, k, v
 
 
 def _first(output: Any) -> Tensor:

@@ -1,11 +1,15 @@
 """The methods of compression that a tower can be given, by name. "naive" is the tower with none."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import nn
 
 from ...modules import FusedInTI
 from ...reference import InTI
-from ._base import TokenReduction
-from .pooling import ConvPooling, LinearPooling, insertion_choices
+from ..adapters import Adapter
+from ._base import TokenReduction, insertion_choices
+from .pooling import ConvPooling, LinearPooling
 from .sta import STA
 from .tome import ToMe
 
@@ -21,4 +25,65 @@ METHODS: dict[str, type[nn.Module]] = {
     "sta": STA,
 }
 
-__all__ = ["METHODS", "STA", "ConvPooling", "LinearPooling", "ToMe", "TokenReduction", "insertion_choices"]
+
+def reduces_tokens(method: str) -> bool:
+    """Whether a method takes tokens out of frames, inside the blocks."""
+    return method in METHODS and issubclass(METHODS[method], TokenReduction)
+
+
+def halves_frames(method: str) -> bool:
+    """Whether a method stands between two blocks and halves the frames."""
+    return method in METHODS and not reduces_tokens(method)
+
+
+def choices(method: str, blocks: int, tokens: int, prefix: int) -> list[dict[str, Any]]:
+    """Settings for a budget of cost, from the costliest to the cheapest: ``after`` of methods that halve frames,
+    options of those that take tokens out; of "naive" there is one, with nothing set.
+
+    Args:
+        method: "naive" or a key of :data:`METHODS`.
+        blocks: of the tower.
+        tokens: N, those of a frame.
+        prefix: tokens before the patches.
+    """
+    if halves_frames(method):
+        return insertion_choices(blocks)
+    return METHODS[method].choices(blocks, tokens, prefix) if reduces_tokens(method) else [{}]
+
+
+def build_method(
+    method: str, adapter: Adapter, frames: int, after: Sequence[int], options: Mapping[str, Any]
+) -> tuple[dict[int, nn.Module], TokenReduction | None]:
+    """What a method puts into a tower.
+
+    Args:
+        method: "naive" or a key of :data:`METHODS`.
+        adapter: of the tower.
+        frames: T of a clip.
+        after: blocks, counted from 1, behind which frames are halved.
+        options: arguments of the method's class.
+
+    Returns:
+        Block number → what stands behind it, and what works inside the blocks.
+    """
+    if reduces_tokens(method):
+        return {}, METHODS[method](adapter, **options)
+    sizes = {"grid": adapter.own_grid, "prefix": adapter.prefix}
+    return {
+        number: METHODS[method](adapter.dim, frames >> level, **sizes, **options) for level, number in enumerate(after)
+    }, None
+
+
+__all__ = [
+    "METHODS",
+    "STA",
+    "ConvPooling",
+    "LinearPooling",
+    "ToMe",
+    "TokenReduction",
+    "build_method",
+    "choices",
+    "halves_frames",
+    "insertion_choices",
+    "reduces_tokens",
+]

@@ -7,7 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters import Adapter
+from ..adapters import Adapter, attend
+
+
+def insertion_choices(blocks: int) -> list[dict[str, tuple[int, int]]]:
+    """Where two insertions can stand in a tower, for a budget of cost: ``after`` from the costliest to the cheapest.
+
+    The two stand as far apart as the paper has them, two blocks of 12 or four of 24 (rounded down in other towers, but
+    at least one). The later they stand, the more blocks run on all frames.
+
+    Returns:
+        Arguments of :func:`inti_kernels.compress`: [{"after": (i, j)}, …]. Behind the last block there would be nothing
+        to save, so j < blocks; none if there are fewer than 3 blocks.
+    """
+    apart = max(1, blocks // 6)
+    return [{"after": (first, first + apart)} for first in range(blocks - apart - 1, 0, -1)]
 
 
 class TokenReduction(nn.Module):
@@ -20,7 +34,8 @@ class TokenReduction(nn.Module):
         adapter: of the tower, for the number of its blocks and prefix tokens and its kind of head; not kept.
     """
 
-    prefix: int
+    # Whether tokens are taken out behind the block, or in its middle, before the MLP.
+    behind_mlp = False
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
@@ -65,6 +80,43 @@ class TokenReduction(nn.Module):
         Returns:
             The tokens [B·T, N', C] with N' ≤ N, the prefix tokens still first, and the new state.
         """
+        taken, mask = self.taken(number, x.shape[1]), self.mask(x, state)
+        if not taken and mask is None:
+            if between is None:
+                return adapter.run_block(block, x), state
+            parts = adapter.parts(block)
+            return parts.mlp_residual(between(parts.attend_residual(x))), state
+        parts = adapter.parts(block)
+        q, k, v = parts.qkv(parts.norm1(x))
+        x = x + parts.branch1(attend(parts, q, k, v, None if mask is None else mask.to(q.dtype)))
+        x = x if between is None else between(x)
+        if taken and not self.behind_mlp:
+            x, state = self.take(x, k, taken, number, frames, state)
+        x = parts.mlp_residual(x)
+        if taken and self.behind_mlp:
+            x, state = self.take(x, k, taken, number, frames, state)
+        return x, state
+
+    def taken(self, number: int, count: int) -> int:
+        """How many of a frame's ``count`` tokens the block ``number`` takes out."""
+        raise NotImplementedError
+
+    def mask(self, x: Tensor, state: Any) -> Tensor | None:
+        """What is added to the scores of attention among the tokens x [B·T, N, C], broadcast to [B·T, heads, N, N]."""
+        return None
+
+    def take(self, x: Tensor, keys: Tensor, taken: int, number: int, frames: int, state: Any) -> tuple[Tensor, Any]:
+        """Takes tokens out.
+
+        Args:
+            x: [B·T, N, C], the output of the block or, if not ``behind_mlp``, of its first half.
+            keys: of the block's attention, [B·T, heads, N, C/heads].
+            taken: of :meth:`taken`, at least 1.
+            number, frames, state: as :meth:`block` has them.
+
+        Returns:
+            The tokens that are left [B·T, N - taken, C], and the new state.
+        """
         raise NotImplementedError
 
     def restore(self, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +156,12 @@ class TokenReduction(nn.Module):
         Returns:
             One (attention, mlp) pair a block.
         """
-        raise NotImplementedError
+        pairs = []
+        for number in range(1, blocks + 1):
+            left = count - self.taken(number, count)
+            pairs.append((count, count if self.behind_mlp else left))
+            count = left
+        return pairs
 
     def macs(self, frames: int, count: int, blocks: int, width: int) -> int:
         """Multiply-accumulates of this method's own products for one clip, beside the blocks' own.

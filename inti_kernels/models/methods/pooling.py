@@ -9,25 +9,6 @@ from ...ops import _recipe as recipe
 from ...reference import functional
 
 
-def insertion_choices(blocks: int, tokens: int, prefix: int) -> list[dict[str, tuple[int, int]]]:
-    """Where two insertions can stand in a tower, for a budget of cost: ``after`` from the costliest to the cheapest.
-
-    The two stand as far apart as the paper has them, two blocks of 12 or four of 24 (rounded down in other towers, but
-    at least one). The later they stand, the more blocks run on all frames.
-
-    Args:
-        blocks: of the tower.
-        tokens: N, those of a frame; not read, as every method's ``choices`` has it.
-        prefix: tokens before the patches; not read.
-
-    Returns:
-        Arguments of :func:`inti_kernels.compress`: [{"after": (i, j)}, …]. Behind the last block there would be nothing
-        to save, so j < blocks; none if there are fewer than 3 blocks.
-    """
-    apart = max(1, blocks // 6)
-    return [{"after": (first, first + apart)} for first in range(blocks - apart - 1, 0, -1)]
-
-
 class PairPooling(nn.Module):
     """What LinearPooling and ConvPooling share: the arguments of :class:`~inti_kernels.InTI`, and their checks.
 
@@ -43,15 +24,12 @@ class PairPooling(nn.Module):
 
     def __init__(self, dim: int, frames: int, grid: tuple[int, int], *, prefix: int = 1) -> None:
         super().__init__()
-        functional.check_whole(dim=dim, frames=frames)
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
+        functional.check_at_least_1(dim=dim)
+        functional.check_whole(frames=frames)
         functional.check_pairs(frames)
         functional.check_grid(grid)
         functional.check_prefix(prefix)
         self.dim, self.frames, self.grid, self.prefix = dim, frames, (int(grid[0]), int(grid[1])), prefix
-
-    choices = staticmethod(insertion_choices)
 
     def _check_input(self, x: Tensor, grid: tuple[int, int]) -> None:
         recipe.check_tokens(x)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...reference import functional
-from ..adapters import Adapter, attend
+from ..adapters import Adapter
 from ._base import TokenReduction
 from .tome import match, order, rows, similarities, similarity_features
 
@@ -86,6 +86,8 @@ class STA(TokenReduction):
         TypeError: ``at`` isn't whole numbers.
     """
 
+    behind_mlp = True
+
     def __init__(self, adapter: Adapter, at: Iterable[int] | None = None, keep: float = 0.75) -> None:
         super().__init__(adapter)
         blocks = len(adapter.blocks)
@@ -111,30 +113,15 @@ class STA(TokenReduction):
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         return places, torch.ones_like(places, dtype=torch.bool)
 
-    def block(
-        self,
-        adapter: Adapter,
-        block: nn.Module,
-        number: int,
-        x: Tensor,
-        frames: int,
-        state: Any,
-        between: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Any]:
-        dropped = self._dropped(number, x.shape[1])
-        if not dropped and between is None:
-            return adapter.run_block(block, x), state
-        parts = adapter.parts(block)
-        if not dropped:
-            return parts.mlp_residual(between(parts.attend_residual(x))), state
-        q, k, v = parts.qkv(parts.norm1(x))
-        x = x + parts.branch1(attend(parts, q, k, v))
-        x = parts.mlp_residual(x if between is None else between(x))
+    def taken(self, number: int, count: int) -> int:
+        patches = count - self.prefix
+        return min(round((1 - self.keep) * patches), patches // 2) if number in self.at else 0
 
-        features = similarity_features(k)[:, self.prefix :].unflatten(0, (-1, frames))
+    def take(self, x: Tensor, keys: Tensor, taken: int, number: int, frames: int, state: Any) -> tuple[Tensor, Any]:
+        features = similarity_features(keys)[:, self.prefix :].unflatten(0, (-1, frames))
         semantics = semantic_scores(x[:, self.prefix :]).unflatten(0, (-1, frames))
         backwards = (1,) if sorted(self.at).index(number) % 2 else ()
-        patches = kept_patches(features.flip(backwards), semantics.flip(backwards), dropped).flip(backwards)
+        patches = kept_patches(features.flip(backwards), semantics.flip(backwards), taken).flip(backwards)
         prefix = torch.arange(self.prefix, device=x.device).expand(x.shape[0], -1)
         kept = torch.cat((prefix, self.prefix + patches.flatten(0, 1)), dim=1)
         places, present = state
@@ -152,27 +139,15 @@ class STA(TokenReduction):
     def reduce(self, x: Tensor, state: Any) -> Tensor:
         return x.gather(1, rows(state[0], x))
 
-    def tokens(self, count: int, blocks: int) -> list[tuple[int, int]]:
-        pairs = []
-        for number in range(1, blocks + 1):
-            pairs.append((count, count))
-            count -= self._dropped(number, count)
-        return pairs
-
     def macs(self, frames: int, count: int, blocks: int, width: int) -> int:
         total = 0
         for number, (n, _) in enumerate(self.tokens(count, blocks), 1):
-            if dropped := self._dropped(number, n):
+            if dropped := self.taken(number, n):
                 patches = n - self.prefix
                 within = (patches - patches // 2) * (patches // 2)
                 before = patches + (frames - 2) * (patches - dropped) if frames > 1 else 0  # of all second frames
                 total += (within + before * patches) * width
         return total
-
-    def _dropped(self, number: int, count: int) -> int:
-        """How many of a frame's tokens are dropped behind a block."""
-        patches = count - self.prefix
-        return min(round((1 - self.keep) * patches), patches // 2) if number in self.at else 0
 
     def extra_repr(self) -> str:
         return f"at={tuple(sorted(self.at))}, keep={self.keep}"

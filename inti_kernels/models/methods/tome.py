@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...reference import functional
-from ..adapters import Adapter, attend
+from ..adapters import Adapter
 from ._base import TokenReduction
 
 
@@ -129,29 +128,16 @@ class ToMe(TokenReduction):
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         return torch.ones_like(x[..., :1], dtype=torch.float32), places
 
-    def block(
-        self,
-        adapter: Adapter,
-        block: nn.Module,
-        number: int,
-        x: Tensor,
-        frames: int,
-        state: Any,
-        between: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Any]:
+    def taken(self, number: int, count: int) -> int:
+        return min(self.r, (count - self.prefix) // 2)
+
+    def mask(self, x: Tensor, state: Any) -> Tensor | None:
         sizes, places = state
-        whole, r = x.shape[1] == places.shape[1], self._merged(x.shape[1])
-        if whole and not r and between is None:
-            return adapter.run_block(block, x), state
-        parts = adapter.parts(block)
-        q, k, v = parts.qkv(parts.norm1(x))
-        mask = None if whole else sizes.log().to(q.dtype).mT[:, None]  # [F, 1, 1, N]
-        x = x + parts.branch1(attend(parts, q, k, v, mask))
-        if between is not None:
-            x = between(x)
-        if r:
-            x, sizes, places = self._merge(x, sizes, places, similarity_features(k), r)
-        return parts.mlp_residual(x), (sizes, places)
+        return None if x.shape[1] == places.shape[1] else sizes.log().mT[:, None]  # [F, 1, 1, N]
+
+    def take(self, x: Tensor, keys: Tensor, taken: int, number: int, frames: int, state: Any) -> tuple[Tensor, Any]:
+        x, *state = self._merge(x, *state, similarity_features(keys), taken)
+        return x, tuple(state)
 
     def restore(self, x: Tensor, state: Any) -> tuple[Tensor, None]:
         _, places = state
@@ -164,20 +150,9 @@ class ToMe(TokenReduction):
         sums = x.new_zeros(*sizes.shape[:2], x.shape[-1], dtype=torch.promote_types(x.dtype, sizes.dtype))
         return (sums.scatter_add(1, rows(places, x), x.to(sums.dtype)) / sizes).to(x.dtype)
 
-    def tokens(self, count: int, blocks: int) -> list[tuple[int, int]]:
-        pairs = []
-        for _ in range(blocks):
-            pairs.append((count, count - self._merged(count)))
-            count = pairs[-1][1]
-        return pairs
-
     def macs(self, frames: int, count: int, blocks: int, width: int) -> int:
         patches = [n - self.prefix for n, left in self.tokens(count, blocks) if left < n]
         return frames * sum((n - n // 2) * (n // 2) * width for n in patches)
-
-    def _merged(self, count: int) -> int:
-        """How many of a frame's tokens a block merges into others."""
-        return min(self.r, (count - self.prefix) // 2)
 
     def _merge(
         self, x: Tensor, sizes: Tensor, places: Tensor, features: Tensor, r: int

@@ -40,7 +40,7 @@ class TemporalModules(nn.Module):
         self, dim: int, blocks: int, grid: tuple[int, int], *, prefix: int = 1, backend: str | None = None
     ) -> None:
         super().__init__()
-        check_at_least_1(dim=dim, blocks=blocks)
+        functional.check_at_least_1(dim=dim, blocks=blocks)
         functional.check_grid(grid)
         functional.check_prefix(prefix)
         backends.requested(backend)
@@ -133,15 +133,3 @@ class TemporalModules(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, blocks={self.blocks}, grid={self.grid}, prefix={self.prefix}, backend={self.backend!r}"
-
-
-def check_at_least_1(**sizes: int) -> None:
-    """Sizes must be whole numbers from 1 on.
-
-    Raises:
-        TypeError, ValueError: one isn't.
-    """
-    functional.check_whole(**sizes)
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ._base import TemporalModules, check_at_least_1
+from ...reference import functional
+from ._base import TemporalModules
 from ._layers import TemporalBottleneck
 
 PLACES = ("attention", "mlp")
@@ -37,7 +38,7 @@ class STAdapter(TemporalModules):
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, blocks, grid, prefix=prefix, backend=backend)
-        check_at_least_1(width=width)
+        functional.check_at_least_1(width=width)
         if before not in PLACES:
             raise ValueError(f"before must be one of {PLACES}, got {before!r}")
         self.width, self.before = width, before

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reference import functional
-from ._base import TemporalModules, check_at_least_1
+from ._base import TemporalModules
 from ._layers import TemporalBottleneck, TokenConv3d
 
 LOCAL = (False, True, "double")
@@ -194,7 +194,7 @@ class UniFormerV2(TemporalModules):
 def _check_arguments(
     dim: int, blocks: int, heads: int, global_blocks: int, local: bool | str, mlp_ratio: int, dropout: float
 ) -> None:
-    check_at_least_1(heads=heads, mlp_ratio=mlp_ratio)
+    functional.check_at_least_1(heads=heads, mlp_ratio=mlp_ratio)
     functional.check_whole(global_blocks=global_blocks)
     if dim % heads:
         raise ValueError(f"dim must be divisible by heads, got {dim} channels and {heads} heads; give heads=")
