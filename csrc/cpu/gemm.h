@@ -1,6 +1,7 @@
 // Matrix products in float32. Both operands are packed, so that the innermost loop reads them along one line each while
-// a tile of the result stays in registers. What is done to the rows before and to the result after is the caller's: it
-// happens in the first caches, and no pass over memory of its own.
+// a tile of the result stays in registers: the columns' numbers from the first cache, where they wait for tile after
+// tile of rows, the rows' from the second. What is done to the rows before and to the result after is the caller's: it
+// happens in these caches, and is no pass over memory of its own.
 #pragma once
 
 #include "inti/product.h"
@@ -21,8 +22,8 @@ constexpr int kTileRows = 4;
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes<float>;
 
-// Terms that are added up in one go; sums of sums lose less than one long sum. Of all cuts the only one that the bits
-// of a result depend on.
+// Terms that are added up in one go: of a panel of columns as many as leave room in the first cache, and sums of sums
+// lose less than one long sum. Of all cuts the only one that the bits of a result depend on.
 constexpr int64_t kTerms = 192;
 
 // Rows of a block, where they are short.
@@ -33,11 +34,16 @@ static_assert(kTileRows <= kTileRowsAtMost && kRowsAtMost >= kTileRows && kColum
 INTI_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INTI_INLINE int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// tile [kTileRows, kTileColumns] = or += a [terms, kTileRows]ᵀ · b [terms, kTileColumns].
+// Numbers of a cache line; and calls of multiply_terms that share the fetching of the next part of a panel.
+constexpr int kLine = 16, kFetchers = 4;
+
+// tile [kTileRows, kTileColumns] = or += a [terms, kTileRows]ᵀ · b [terms, kTileColumns]; and of what is multiplied
+// next, a share of a kFetchers-th from `ahead` on comes into the second cache. No processor does that by itself: a
+// panel's parts are too short.
 static __attribute__((noinline)) void multiply_terms(const float* a, const float* b, int64_t terms, bool add,
-                                                     float* tile) {
+                                                     float* tile, const float* ahead) {
   Vec<float> sums[kTileRows][kTileVectors] = {};
-  for (int64_t k = 0; k < terms; ++k, a += kTileRows, b += kTileColumns) {
+  const auto add_term = [&]() __attribute__((always_inline)) {
     Vec<float> row[kTileVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kTileVectors; ++v) row[v] = load(b + v * kLanes<float>);
@@ -45,7 +51,17 @@ static __attribute__((noinline)) void multiply_terms(const float* a, const float
     for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < kTileVectors; ++v) sums[i][v] += a[i] * row[v];
+    a += kTileRows;
+    b += kTileColumns;
+  };
+  int64_t k = 0;
+  for (; k + kFetchers <= terms; k += kFetchers, ahead += kTileColumns) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kTileColumns; line += kLine) __builtin_prefetch(ahead + line, 0, 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < kFetchers; ++i) add_term();
   }
+  for (; k < terms; ++k) add_term();
 #pragma GCC unroll 14
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
@@ -53,12 +69,6 @@ static __attribute__((noinline)) void multiply_terms(const float* a, const float
       float* to = tile + i * kTileColumns + v * kLanes<float>;
       store(to, add ? load(to) + sums[i][v] : sums[i][v]);
     }
-}
-
-INTI_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, float* tile) {
-  const int64_t terms = parts_of(depth, parts_of(depth, kTerms));
-  for (int64_t k = 0; k < depth; k += terms)
-    multiply_terms(a + k * kTileRows, b + k * kTileColumns, least(terms, depth - k), k > 0, tile);
 }
 
 // --- Packing ---------------------------------------------------------------------------------------------------------
@@ -144,21 +154,30 @@ INTI_INLINE void gemm(const Lines& b, int64_t rows, int threads, float* workspac
   });
   const int64_t tiles = parts_of(rows, kTileRows);
   const int64_t most = least(kPackedNumbers / (kTileRows * depth) + 1, kRowsAtMost / kTileRows);
+  const int64_t terms = parts_of(depth, parts_of(depth, kTerms));
   // As many blocks for every thread.
   const int64_t blocks = least(tiles, parts_of(parts_of(tiles, most), threads) * threads);
   parallel_for(blocks, threads, [&](int64_t block) {
     float* const scratch = workspace + columns * depth + thread_number() * gemm_block(depth);
     float* const packed = scratch + kTileRows * depth;
     alignas(64) float own[kRowsAtMost][kLanes<float>];
+    alignas(64) float sums[kRowsAtMost][kTileColumns];
     const int64_t first = tiles * block / blocks * kTileRows;
     const int64_t last = least(tiles * (block + 1) / blocks * kTileRows, rows);
     for (int64_t row = first; row < last; row += kTileRows) pack(row, packed + (row - first) * depth, scratch);
     for (int64_t column = 0; column < columns; column += kTileColumns)
-      for (int64_t row = first; row < last; row += kTileRows) {
-        alignas(64) float tile[kTileRows][kTileColumns];
-        multiply_tile(packed + (row - first) * depth, workspace + column * depth, depth, tile[0]);
-        for (int64_t i = 0; i < least(kTileRows, last - row); ++i)
-          finish(row + i, column, least(kTileColumns, b.count - column), tile[i], own[row + i - first]);
+      for (int64_t k = 0; k < depth; k += terms) {
+        const int64_t now = least(terms, depth - k);
+        const float* const part = workspace + column * depth + k * kTileColumns;
+        for (int64_t row = first; row < last; row += kTileRows) {
+          const int64_t share = (row - first) / kTileRows % kFetchers;
+          float* const tile = sums[row - first];
+          multiply_terms(packed + (row - first) * depth + k * kTileRows, part, now, k > 0, tile,
+                         part + now * kTileColumns + share * (now / kFetchers) * kTileColumns);
+          if (k + now < depth) continue;
+          for (int64_t i = 0; i < least(kTileRows, last - row); ++i)
+            finish(row + i, column, least(kTileColumns, b.count - column), sums[row + i - first], own[row + i - first]);
+        }
       }
     for (int64_t row = first; row < last; ++row) end(row, own[row - first]);
   });

@@ -42,10 +42,10 @@ class ClassLevels:
         if not self.convolutions:
             return context
         first, second, third = self.convolutions
-        self.pooled = []
-        clip = self._pool(first.forward(cls.transpose(1, 2)))
+        self.pools = []
+        clip = self._pool(first.forward(cls))
         clip = third.forward(self._pool(second.forward(clip)))
-        self.steps, self.mean = clip.shape[2], clip.mean(2)  # [B, C]
+        self.steps, self.mean = clip.shape[1], clip.mean(1)  # [B, C]
         of_clip = F.gelu(self.mean)[:, None]
         return of_clip.expand(-1, cls.shape[1] // 2, -1) if context is None else context + of_clip
 
@@ -60,21 +60,30 @@ class ClassLevels:
         if not self.convolutions:
             return grad_cls, grads
         first, second, third = self.convolutions
-        of_clip = aten.gelu_backward(grad.sum(1), self.mean)[:, :, None] / self.steps
-        of_clip, of_third = third.backward(of_clip.expand(-1, -1, self.steps))
+        of_clip = aten.gelu_backward(grad.sum(1), self.mean)[:, None] / self.steps
+        of_clip, of_third = third.backward(of_clip.expand(-1, self.steps, -1))
         of_clip, of_second = second.backward(self._pool_backward(of_clip))
         of_clip, of_first = first.backward(self._pool_backward(of_clip))
-        of_clip = of_clip.transpose(1, 2)
         return of_clip if grad_cls is None else grad_cls + of_clip, [*grads, *of_first, *of_second, *of_third]
 
     def _pool(self, clip: Tensor) -> Tensor:
-        pooled, indices = F.max_pool1d(clip, 2, ceil_mode=True, return_indices=True)
-        self.pooled.append((clip.shape, pooled, indices))
+        """The larger of two neighbours, the first of equal ones; GELU. A last frame without a neighbour stays."""
+        pairs = clip.shape[1] // 2
+        first, second = clip[:, : 2 * pairs : 2], clip[:, 1::2]
+        pooled = torch.maximum(first, second)
+        if clip.shape[1] > 2 * pairs:
+            pooled = torch.cat((pooled, clip[:, -1:]), dim=1)
+        self.pools.append((clip.shape, pooled, second > first))
         return F.gelu(pooled)
 
     def _pool_backward(self, grad: Tensor) -> Tensor:
-        shape, pooled, indices = self.pooled.pop()
-        return grad.new_zeros(shape).scatter_(2, indices, aten.gelu_backward(grad, pooled))
+        shape, pooled, is_second = self.pools.pop()
+        grad, pairs = aten.gelu_backward(grad, pooled), is_second.shape[1]
+        of_clip = grad.new_empty(shape)
+        of_clip[:, -1:] = grad[:, -1:]  # of a last frame without a neighbour; else written again
+        of_clip[:, : 2 * pairs : 2] = grad[:, :pairs].masked_fill(is_second, 0)
+        of_clip[:, 1::2] = grad[:, :pairs].masked_fill(~is_second, 0)
+        return of_clip
 
 
 class _Layer:
@@ -100,21 +109,23 @@ class _Layer:
 
 
 class _Convolution:
-    """Depthwise in time, of a clip [B, C, T]: kernel 3, padding 1. As sums of products: these are few numbers, and
+    """Depthwise in time, of a clip [B, T, C]: kernel 3, padding 1. As sums of products: these are few numbers, and
     PyTorch's depthwise convolutions take their time."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight, self.bias = weight[:, 0, None], bias  # [C, 1, 3]
+        self.taps, self.bias = weight[:, 0].t().contiguous(), bias  # [3, C]
 
     def forward(self, clip: Tensor) -> Tensor:
-        self.windows = _windows(clip)
-        return (self.windows * self.weight).sum(3) + self.bias[:, None]
+        self.clip = clip
+        y = torch.addcmul(self.bias, clip, self.taps[1])
+        y[:, 1:].addcmul_(clip[:, :-1], self.taps[0])
+        y[:, :-1].addcmul_(clip[:, 1:], self.taps[2])
+        return y
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        grad_weight = (self.windows * grad[..., None]).sum((0, 2))[:, None]
-        return (_windows(grad) * self.weight.flip(2)).sum(3), [grad_weight, grad.sum((0, 2))]
-
-
-def _windows(clip: Tensor) -> Tensor:
-    """[B, C, T] → [B, C, T, 3]: each frame with its neighbours, zeros beyond the ends."""
-    return F.pad(clip, (1, 1)).unfold(2, 3, 1)
+        clip, taps = self.clip, self.taps
+        of_clip = grad * taps[1]
+        of_clip[:, :-1].addcmul_(grad[:, 1:], taps[0])
+        of_clip[:, 1:].addcmul_(grad[:, :-1], taps[2])
+        of_taps = (clip[:, :-1] * grad[:, 1:], clip * grad, clip[:, 1:] * grad[:, :-1])
+        return of_clip, [torch.stack([term.sum((0, 1)) for term in of_taps], dim=-1)[:, None], grad.sum((0, 1))]

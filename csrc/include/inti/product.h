@@ -19,12 +19,13 @@ struct Product {
   int threads;
 };
 
-// A longer product is a sum of products: a panel of the second operand has to stay in the second cache.
+// A longer product is a sum of products: else a block of rows that stays in the second cache would have too few of
+// them.
 constexpr int64_t kProductDepth = 800;
 
-// A thread packs as many rows of the first operand at once as make about this many numbers: with the panel they stay in
-// the second cache, where that has 512 KB.
-constexpr int64_t kPackedNumbers = 1 << 15;
+// A thread packs as many rows of the first operand at once as make about this many numbers: half of the second cache,
+// where that has 512 KB.
+constexpr int64_t kPackedNumbers = 1 << 16;
 
 // In every instruction set tiles have at most these rows, and columns that divide these.
 constexpr int64_t kTileRowsAtMost = 14, kColumnsOfTiles = 32;
