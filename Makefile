@@ -269,12 +269,12 @@ sanitize: install ## the op tests on builds with AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_leaks=0 build/sanitize/standalone float16 float32
 	ASAN_OPTIONS=detect_leaks=0 build/sanitize/standalone --capability 80 bfloat16
 
-test-mutants: install ## plant one-line faults in the C++, Triton and CUDA kernels and see each caught
+test-mutants: install ## plant one-line faults in the C++, Triton and CUDA kernels and see each caught (SUITE="cuda gemm")
 	$(call say,Mutants)
-	$(VENV_PYTHON) tests/mutants.py
+	$(VENV_PYTHON) tests/mutants.py $(if $(SUITE),--suite '$(SUITE)')
 
-test-full: install ## test, test-slow, triton-check, cuda-model, sanitize, test-mutants, test-triton-versions, test-nvcc, a wheel beside several torches; writes FULL_RESULTS.md
-	$(VENV_PYTHON) tests/full.py
+test-full: install ## all of these and a wheel beside several torches; hours; writes FULL_RESULTS.md (STEPS="sanitize nvcc" runs these only)
+	$(VENV_PYTHON) tests/full.py $(STEPS)
 
 # --- Keeping house --------------------------------------------------------------------------------------------------
 

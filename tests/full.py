@@ -1,10 +1,14 @@
 """`make test-full`: everything that is too long for `make test`, and its result written to tests/FULL_RESULTS.md.
 
+It takes hours. `make test-full STEPS="sanitize mutants-gemm"` runs only these, and leaves the others' results as they
+are: each says which revision it is of. What has run is written at once.
+
 One wheel is built in an environment without torch and checked beside each torch of TORCHES, in fresh environments.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -13,8 +17,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "full"
@@ -92,37 +100,58 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write(steps: list[Step]) -> None:
-    """Write the table of results."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    lines = [
-        "# The last `make test-full`",
-        "",
-        f"{datetime.date.today()}, on revision {revision or 'unknown'}: {processor()}, {os.cpu_count()} cores, "
-        f"{platform.system()}, Python {platform.python_version()}.",
-        "",
-        "| step | result | seconds | summary |",
-        "| --- | --- | --- | --- |",
-        *(f"| {s.name} | {'passed' if s.ok else 'FAILED'} | {s.seconds:.0f} | {s.summary} |" for s in steps),
-        "",
-    ]
-    RESULTS.write_text("\n".join(lines))
-    print("\n" + "\n".join(lines))
+def revision() -> str:
+    """Of what is in the working tree; "-dirty" with changes that aren't committed, but for the results themselves."""
+
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+
+    changed = git("diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS.relative_to(ROOT)}").returncode
+    return (git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown") + ("-dirty" if changed else "")
+
+
+def write(steps: list[Step], of: str) -> None:
+    """Put the results of a revision in their rows of the table. The rows of other steps stay; what is no step goes."""
+    head = ["| step | result | revision | day | processor | seconds | summary |", "| --- |" + " --- |" * 6]
+    old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    rows = {line.split("|")[1].strip(): line for line in old[old.index(head[1]) + 1 :]} if head[1] in old else {}
+    for s in steps:
+        result = "passed" if s.ok else "FAILED"
+        told = (s.name, result, of, str(datetime.date.today()), processor(), f"{s.seconds:.0f}", s.summary)
+        rows[s.name] = "| " + " | ".join(told) + " |"
+    known = [row for name in STEPS for row in sorted(rows) if row == name or row.startswith(f"{name} ")]
+    RESULTS.write_text("\n".join(["# The last `make test-full`", "", *head, *(rows[name] for name in known), ""]))
+
+
+def make(name: str, target: str, *variables: str) -> list[Step]:
+    """A target of the Makefile."""
+    return [run(name, ["make", "--no-print-directory", target, *variables])]
+
+
+_TARGETS = ("test", "test-slow", "triton-check", "cuda-model", "sanitize", "test-triton-versions", "test-nvcc")
+STEPS: dict[str, Callable[[], list[Step]]] = {target: partial(make, target, target) for target in _TARGETS}
+for _suite in sorted(MUTANTS):
+    _name = f"mutants-{_suite.replace(' ', '-')}"
+    STEPS[_name] = partial(make, _name, "test-mutants", f"SUITE={_suite}")
+STEPS["wheel"] = wheel_steps
 
 
 def main() -> int:
-    """Run every step, also after one has failed; exit status 1 if any did."""
+    """Run the steps, also after one has failed; exit status 1 if any did."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"default: all, in this order: {', '.join(STEPS)}")
+    wanted = parser.parse_args().steps or list(STEPS)
+    if unknown := [name for name in wanted if name not in STEPS]:
+        parser.error(f"no such step: {', '.join(unknown)}; there are {', '.join(STEPS)}")
     WORK.mkdir(parents=True, exist_ok=True)
-    if not RESULTS.exists():  # README.md links to it, which `make test` checks
-        RESULTS.write_text("# The last `make test-full`\n\nThe first run is under way.\n")
-    targets = ("test", "test-slow", "triton-check", "cuda-model", "sanitize", "test-mutants", "test-triton-versions")
-    targets += ("test-nvcc",)
-    steps = [run(target, ["make", "--no-print-directory", target]) for target in targets]
-    steps += wheel_steps()
-    write(steps)
-    return 0 if all(step.ok for step in steps) else 1
+    ok = True
+    for name in wanted:
+        of = revision()
+        done = STEPS[name]()
+        write(done, of)
+        ok = ok and all(step.ok for step in done)
+    print("\n" + RESULTS.read_text())
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ MUTANTS = {
         "csrc/cpu/gemm.h",
         ("the first terms are lost", "part, now, k > 0, tile,", "part, now, false, tile,"),
         ("a tile's last terms are lost", "for (; k < terms; ++k) add_term();", ""),
-        ("two rows of a tile change places", "Quad columns[2] = {low_halves(a, b),", "Quad columns[2] = {low_halves(b, a),"),
+        ("two columns of a tile change places", "columns[4] = {low_halves(ac0, bd0), high_halves(ac0, bd0),", "columns[4] = {high_halves(ac0, bd0), low_halves(ac0, bd0),"),
         ("threads pack in the same place", "thread_number() * gemm_block(depth)", "0 * gemm_block(depth)"),
         ("a block starts a tile late", "first = tiles * block / blocks * kTileRows", "first = (tiles * block / blocks + (block == 1)) * kTileRows"),
     )
