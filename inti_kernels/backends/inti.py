@@ -235,8 +235,8 @@ class _Chain:
         return ClassLevels(frame, convolutions, self.sizes.eps[1:])
 
     def class_tokens(self) -> Tensor:
-        """Of x + σ·P, in the dtype of their levels, [B, T, C], contiguous: the bits of PyTorch's sums of products depend
-        on the strides."""
+        """Of x + σ·P, in the dtype of their levels, [B, T, C]; contiguous, since the bits of PyTorch's sums of products
+        depend on the strides."""
         x, prefix = self.inputs.x, self.sizes.prefix
         cls = functional.add_position(x[:, :, :1] if prefix else x.mean(dim=2, keepdim=True), self.inputs.position)
         return cls[:, :, 0].to(self.dtype if x.is_cuda else wide_dtype(x)).contiguous()
