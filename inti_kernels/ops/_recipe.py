@@ -160,9 +160,19 @@ def plain_eager(x: Tensor) -> bool:
     )
 
 
+class _InOrder(inspect.Signature):
+    """Of a function that gets all its arguments in order: they are bound without a look at their names, which takes
+    0.1 ms for the 31 of the op `inti`."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        if kwargs or len(args) != len(self.parameters):
+            return super().bind(*args, **kwargs)
+        return inspect.BoundArguments(self, dict(zip(self.parameters, args, strict=True)))
+
+
 def keep_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """PyTorch binds the arguments by inspect.signature(forward) at every call; this makes it a look-up."""
-    function.forward.__signature__ = inspect.signature(function.forward)
+    function.forward.__signature__ = _InOrder(inspect.signature(function.forward).parameters.values())
     return function
 
 
@@ -171,7 +181,7 @@ def with_parameters(*names: str) -> Callable[..., Any]:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        function.__signature__ = _InOrder([inspect.Parameter(name, kind) for name in names])
         return function
 
     return decorate
