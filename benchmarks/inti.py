@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..modules import FusedInTI
+from ..ops._flops import frame_level_macs, global_level_macs
 from ..testing import Rows, Upstream, collect, module_case
 from . import depthwise_conv3d, interpolation_head, token_features
 from .workload import Outputs, Sizes, Workload
@@ -14,11 +15,10 @@ from .workload import Outputs, Sizes, Workload
 
 def forward_macs(sizes: Sizes) -> int:
     """The four ops' and those of the frame and the global level."""
-    frames, c = sizes.batch * sizes.frames, sizes.dim
-    frame_level = frames * c * (c // 2) + frames // 2 * c * c
-    # Three depthwise convolutions of kernel 3 in time, the second and third after a pooling by 2 each.
-    global_level = 3 * c * (frames + frames // 2 + frames // 4)
-    levels = depthwise_conv3d.forward_macs(sizes) + frame_level + global_level
+    c = sizes.dim
+    x = (sizes.batch, sizes.frames, sizes.prefix + sizes.grid[0] * sizes.grid[1], c)
+    class_levels = frame_level_macs(x, (c // 2, c), (c, 2 * (c // 2))) + global_level_macs(x)
+    levels = depthwise_conv3d.forward_macs(sizes) + class_levels
     return token_features.forward_macs(sizes) + interpolation_head.forward_macs(sizes) + levels
 
 

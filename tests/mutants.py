@@ -314,6 +314,23 @@ MUTANTS = {
         ("a buffer takes every run of the tuner", '{"restore_value": ["grad_x"]} if accumulates else {}', "{}"),
         ("tuning though PyTorch is to be deterministic", '!= "1" or torch.are_deterministic_algorithms_enabled():', '!= "1":'),
     ),
+    "inti": _mutants(
+        "inti_kernels/backends/inti.py",
+        ("what the kernels add to x in another buffer is lost", "        buffer += shared", "        pass"),
+        ("the class tokens' gradient is lost", "            _add_to_class_tokens(buffer, of_class, sizes.prefix)", "            pass"),
+        ("the mean token's gradient is that of every token", "of_class[:, :, None] / grad_x.shape[2]", "of_class[:, :, None]"),
+        ("the position's gradient forgets the class tokens", "of_class.sum(0) if need.position else None", "None"),
+        ("the position's gradient forgets the cube level", "            shared = of_x if shared is None else shared\n            positions.append(of_position)\n        if grad_features", "            shared = of_x if shared is None else shared\n        if grad_features"),
+        ("the two norms of the frame level take each other's eps", "self.sizes.eps[1:]", "self.sizes.eps[:0:-1]"),
+        ("kept and recomputed change places", "kept.token_preactivation.numel()", "not kept.token_preactivation.numel()"),
+    )
+    + _mutants(
+        "inti_kernels/backends/_class_levels.py",
+        ("of equal neighbours the second counts", "(second > first) |", "(second >= first) |"),
+        ("a last frame without a neighbour is lost", "of_clip[:, -1] = grad[:, -1]", "of_clip[:, -1] = 0"),
+        ("the taps change places on the way back", "of_clip[:, :-1].addcmul_(grad[:, 1:], taps[0])", "of_clip[:, :-1].addcmul_(grad[:, 1:], taps[2])"),
+        ("a bias's gradient is the mean", "[:, None], grad.sum((0, 1))]", "[:, None], grad.mean((0, 1))]"),
+    ),
 }  # fmt: skip
 
 
@@ -327,6 +344,7 @@ TESTS = {
     "triton token_features": ["tests/test_token_features.py", "tests/test_triton_interpreted.py"],
     "triton interpolation_head": ["tests/test_interpolation_head.py", "tests/test_triton_interpreted.py"],
     "triton": ["tests/test_triton_interpreted.py"],
+    "inti": ["tests/test_inti.py", "tests/test_class_levels.py"],
 } | {
     f"cuda {op}": [f"tests/test_{op}.py", "tests/test_cuda_emulated.py", "tests/test_cuda_launches.py"]
     for op in ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head")

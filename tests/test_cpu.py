@@ -14,6 +14,7 @@ import torch
 from op_subject import Subject, assert_same_bits
 from torch import Tensor
 
+from inti_kernels import ops
 from inti_kernels.backends.cpu import _call, _products, interpolation_head, token_features
 from inti_kernels.testing import assert_close_three_way, op_cases, three_way
 
@@ -139,6 +140,21 @@ def native_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_in_16_bits(subject: Subject, dtype: torch.dtype, backend: str, native_products: None) -> None:
     case = subject.case(dtype, dim=33, grid=(3, 4))
     assert_close_three_way(three_way(subject.name, *case, backend=backend, draws=DRAWS))
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(0, 5), (4, 0), (0, 0)])
+def test_a_head_whose_matrix_has_no_numbers(
+    width: int, hidden: int, backend: str, products_by_the_kernel: None
+) -> None:
+    """Without features or a hidden layer the logits are those of the biases."""
+    inputs = {
+        "features": (2, 3, 5, width), "cube": None, "frame_context": None, "x": (2, 6, 5, 7),
+        "weight1": (hidden, width), "bias1": (hidden,), "weight2": (2, hidden), "bias2": (2,), "position": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    inputs = {name: shape and torch.randn(shape) for name, shape in inputs.items()}
+    actual, expected = (ops.interpolation_head(**inputs, backend=name) for name in (backend, "reference"))
+    torch.testing.assert_close(actual, expected)
 
 
 @SUBJECTS

@@ -137,16 +137,20 @@ def test_no_partial_sums_are_zero() -> None:
 # --- The module -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
-def test_fused_inti(autocast: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("autocast", "recompute"),
+    [(None, False), (torch.float16, False), (torch.bfloat16, True)],
+    ids=["float32", "float16", "bfloat16, recomputed"],
+)
+def test_fused_inti(autocast: torch.dtype | None, recompute: bool, capability: int) -> None:
     inti, x = module_case(dim=16, frames=4, grid=(2, 3))
-    fused = FusedInTI.from_reference(inti, backend="triton")
+    fused = FusedInTI.from_reference(inti, backend="triton", recompute=recompute)
     before = backends.executed.copy()
     assert_close_three_way(three_way_module(fused, x, autocast=autocast, draws=6))
     ran = backends.executed - before
     assert ran["inti", "triton"] == ran["inti_backward", "triton"] == 6
     for op in ("token_features", "depthwise_conv3d", "interpolation_head"):  # the parts of its chain
-        assert ran[op, "triton"] == 6
+        assert ran[op, "triton"] >= 6
         assert ran[f"{op}_backward", "triton"] >= 6
 
 

@@ -18,6 +18,9 @@ aten = torch.ops.aten
 class ClassLevels:
     """F_frame + F_global of class tokens [B, T, C]: the context [B, T/2, C] and, once it is computed, its gradients.
 
+    Tokens, context and the global level are in the wide dtype, for a sum of a few products has no product unit to
+    gain by 16 bits; the frame level is in that of its parameters.
+
     Args:
         frame: the eight parameters of :func:`inti_kernels.reference.functional.frame_level`, or None without the level.
         convolutions: the six of :func:`inti_kernels.reference.functional.global_level`, or None without it.
@@ -36,9 +39,9 @@ class ClassLevels:
         """The context, or None with neither level."""
         context = None
         if self.frames is not None:
-            halves = self.frames.forward(cls, self.eps[0])
+            halves = self.frames.forward(cls.to(self.frames.weight.dtype), self.eps[0])
             pairs = halves.reshape(len(cls), cls.shape[1] // 2, 2 * halves.shape[2])
-            context = self.pairs.forward(pairs, self.eps[1])
+            context = self.pairs.forward(pairs, self.eps[1]).to(cls.dtype)
         if not self.convolutions:
             return context
         first, second, third = self.convolutions
@@ -53,10 +56,10 @@ class ClassLevels:
         """Of the context's gradient: that of the class tokens, and those of the parameters in order."""
         grad_cls, grads = None, []
         if self.frames is not None:
-            of_pairs, grads_of_pairs = self.pairs.backward(grad)
+            of_pairs, grads_of_pairs = self.pairs.backward(grad.to(self.pairs.weight.dtype))
             of_frames = of_pairs.reshape(*self.frames.x.shape[:2], of_pairs.shape[2] // 2)
             grad_cls, grads = self.frames.backward(of_frames)
-            grads += grads_of_pairs
+            grad_cls, grads = grad_cls.to(grad.dtype), grads + grads_of_pairs
         if not self.convolutions:
             return grad_cls, grads
         first, second, third = self.convolutions
@@ -73,16 +76,17 @@ class ClassLevels:
         pooled = torch.maximum(first, second)
         if clip.shape[1] > 2 * pairs:
             pooled = torch.cat((pooled, clip[:, -1:]), dim=1)
-        self.pools.append((clip.shape, pooled, second > first))
+        self.pools.append((clip.shape, pooled, (second > first) | second.isnan()))
         return _gelu(pooled)
 
     def _pool_backward(self, grad: Tensor) -> Tensor:
         shape, pooled, is_second = self.pools.pop()
         grad, pairs = _gelu_backward(grad, pooled), is_second.shape[1]
         of_clip = grad.new_empty(shape)
-        of_clip[:, -1:] = grad[:, -1:]  # of a last frame without a neighbour; else written again
-        of_clip[:, : 2 * pairs : 2] = grad[:, :pairs].masked_fill(is_second, 0)
-        of_clip[:, 1::2] = grad[:, :pairs].masked_fill(~is_second, 0)
+        of_clip[:, : 2 * pairs : 2] = torch.where(is_second, 0, grad[:, :pairs])
+        of_clip[:, 1::2] = torch.where(is_second, grad[:, :pairs], 0)
+        if shape[1] > 2 * pairs:
+            of_clip[:, -1] = grad[:, -1]
         return of_clip
 
 

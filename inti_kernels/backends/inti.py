@@ -110,8 +110,8 @@ def inti_forward(
     features, statistics, token_preactivation = run.token_features(keep and not recompute)
     cube = cube if keep else run.cube()
     context = run.in_dtype(run.class_levels().forward(run.class_tokens()))
-    z, weights, difference, head_preactivation = run.head(features, cube, context, keep)
     large = not recompute
+    z, weights, difference, head_preactivation = run.head(features, cube, context, keep and large)
     kept = (statistics, token_preactivation, cube, difference, head_preactivation)
     there = (large, large, large and cube is not None, True, large)
     # An op's outputs may not be one tensor twice.
@@ -226,20 +226,24 @@ class _Chain:
         return None if context is None else context.to(self.dtype)
 
     def class_levels(self) -> ClassLevels:
-        """On the CPU in the wide dtype: 16-bit products of a few rows are slow there, and float32 costs nothing."""
-        dtype = self.dtype if self.inputs.x.is_cuda else wide_dtype(self.inputs.x)
+        """The frame level's products on the CPU in the wide dtype too: 16-bit products of a few rows are slow there, and
+        float32 costs nothing."""
+        wide = wide_dtype(self.inputs.x)
         frame, convolutions = (
             None if level[0] is None else [parameter.to(dtype) for parameter in level]
-            for level in (self.inputs[FRAME], self.inputs[GLOBAL])
+            for level, dtype in (
+                (self.inputs[FRAME], self.dtype if self.inputs.x.is_cuda else wide),
+                (self.inputs[GLOBAL], wide),
+            )
         )
         return ClassLevels(frame, convolutions, self.sizes.eps[1:])
 
     def class_tokens(self) -> Tensor:
-        """Of x + σ·P, in the dtype of their levels, [B, T, C]; contiguous, since the bits of PyTorch's sums of products
-        depend on the strides."""
-        x, prefix = self.inputs.x, self.sizes.prefix
-        cls = functional.add_position(x[:, :, :1] if prefix else x.mean(dim=2, keepdim=True), self.inputs.position)
-        return cls[:, :, 0].to(self.dtype if x.is_cuda else wide_dtype(x)).contiguous()
+        """Of x + σ·P, in the wide dtype, [B, T, C]; contiguous, since the bits of PyTorch's sums of products depend on
+        the strides."""
+        x, wide = self.inputs.x, wide_dtype(self.inputs.x)
+        cls = x[:, :, :1].to(wide) if self.sizes.prefix else x.mean(dim=2, keepdim=True, dtype=wide)
+        return functional.add_position(cls, self.position)[:, :, 0].contiguous()
 
     def token_features(self, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         module = self._module("token_features", self.tokens, "forward")

@@ -119,9 +119,8 @@ def interpolation_head_forward(*inputs_and_keep: Any) -> tuple[Tensor, Tensor, T
     preactivation = interpolation_head_preactivation(features, cube, frame_context, weight1, bias1)
     logits = F.linear(F.gelu(preactivation), weight2, bias2)
     z, weights = pair_interpolate_forward(x, logits, position)
-    if not keep:
-        return z, weights, features.new_empty(0, dtype=wide_dtype(features)), features.new_empty(0)
-    return z, weights, (logits[..., 0] - logits[..., 1]).to(wide_dtype(features)), preactivation
+    difference = (logits[..., 0] - logits[..., 1]).to(wide_dtype(features))
+    return z, weights, difference, preactivation if keep else features.new_empty(0)
 
 
 def interpolation_head_preactivation(

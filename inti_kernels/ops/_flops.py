@@ -89,8 +89,8 @@ def _interpolation_head(*args: Any, **_: Any) -> int:
 
 @register_flop_formula(_OPS.interpolation_head_backward)
 def _interpolation_head_backward(grad_z: Shape, grad_weights: Shape, *args: Any, **_: Any) -> int:
-    x, weight1, weight2, difference, needs = args[3], args[4], args[6], args[9], args[11]
-    return 2 * _head_backward(x, weight1, weight2, any(needs[:3]), needs[4:8], not prod(difference))
+    x, weight1, weight2, preactivation, needs = args[3], args[4], args[6], args[10], args[11]
+    return 2 * _head_backward(x, weight1, weight2, any(needs[:3]), needs[4:8], not prod(preactivation))
 
 
 def _head_backward(x: Shape, weight1: Shape, weight2: Shape, of_input: bool, needs: Sequence[bool], again: bool) -> int:

@@ -27,8 +27,8 @@ def _run_forward(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, the weights, and for the backward, or empty without ``keep``: the difference of the logits [B, T/2, N] and
-    what the GELU was taken of [B, T/2, N, h]."""
+    """z, the weights, and for the backward the difference of the logits [B, T/2, N] and, or empty without ``keep``, what
+    the GELU was taken of [B, T/2, N, h]."""
     module = backends.implementation("interpolation_head", backend, x)
     return module.interpolation_head_forward(
         features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep
@@ -58,7 +58,7 @@ def _run_backward(
     recipe.check_accumulator(grad_x_accumulate, x)
     module = backends.implementation("interpolation_head", backend, x, direction="backward")
     inputs = (features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
-    if any(needs) and not difference.numel():  # the forward was run where no gradient was in sight
+    if any(needs) and not preactivation.numel():  # the forward was run where no gradient was in sight
         _, _, difference, preactivation = module.interpolation_head_forward(*inputs, True)
     grads = module.interpolation_head_backward(
         grad_z, grad_weights, *inputs, difference, preactivation, needs, grad_x_accumulate
@@ -85,11 +85,9 @@ _backward = torch.library.custom_op(
 @_forward.register_fake
 def _(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep, backend):  # type: ignore[no-untyped-def]
     pairs = (x.shape[0], x.shape[1] // 2, x.shape[2])
-    outputs = x.new_empty(*pairs, x.shape[3]), features.new_empty(*pairs, 2)
-    if not keep:
-        return *outputs, features.new_empty(0, dtype=wide_dtype(features)), features.new_empty(0)
     difference = features.new_empty(pairs, dtype=wide_dtype(features))
-    return *outputs, difference, features.new_empty(*pairs, weight1.shape[0])
+    preactivation = features.new_empty((*pairs, weight1.shape[0]) if keep else 0)
+    return x.new_empty(*pairs, x.shape[3]), features.new_empty(*pairs, 2), difference, preactivation
 
 
 @_backward.register_fake

@@ -64,15 +64,13 @@ def interpolation_head_forward(
         "weights": weights,
         "difference": difference,
     }
-    if _products.by_kernel(layer.dtype):
+    if layer.by_kernel:
         layer.in_one_pass(x.dtype, x.shape[3], **behind)
     else:
         for first, count, products in layer.products(preactivation):
             shape = _shape(features, x, weight1, layer.dtype, first, count)
             call("interpolation_head_forward", **shape, product=products, **layer.bias_of_frames(), **behind)
-    if not keep:
-        return z, weights, difference.new_empty(0), features.new_empty(0)
-    return z, weights, difference, preactivation
+    return z, weights, difference, features.new_empty(0) if preactivation is None else preactivation
 
 
 def interpolation_head_preactivation(
@@ -82,7 +80,7 @@ def interpolation_head_preactivation(
     tokens, hidden = features.shape[2], weight1.shape[0]
     layer = _FirstLinear(features, cube, frame_context, weight1, bias1)
     preactivation = empty((*features.shape[:3], hidden), features)
-    if _products.by_kernel(layer.dtype):
+    if layer.by_kernel:
         nothing = dict.fromkeys(("weight2", "x", "position", "z", "weights", "difference"))
         layer.in_one_pass(features.dtype, 0, bias2=0.0, x_strides=(0, 0, 0), preactivation=preactivation, **nothing)
         return preactivation
@@ -214,6 +212,7 @@ class _FirstLinear:
 
     Attributes:
         dtype: of its products.
+        by_kernel: whether the compiled module multiplies, which takes matrices that have numbers.
         frame_bias: [h] or [B·T/2, h], not rounded to 16 bits: its bias, and what the frames' context adds, the only
             term that all of a frame's tokens share.
     """
@@ -222,6 +221,7 @@ class _FirstLinear:
         self, features: Tensor, cube: Tensor | None, frame_context: Tensor | None, weight1: Tensor, bias1: Tensor
     ) -> None:
         self.dtype = _products.product_dtype(features.dtype)
+        self.by_kernel = _products.by_kernel(self.dtype) and bool(weight1.numel())
         self.shape, width = features.shape[:3], features.shape[3]
         self.frames, self.tokens = features.shape[0] * features.shape[1], features.shape[2]
         self.features = features.flatten(0, 2)

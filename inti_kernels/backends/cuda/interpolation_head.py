@@ -67,9 +67,7 @@ def interpolation_head_forward(
         z=z,
         weights=weights,
     )
-    if not keep:
-        return z, weights, difference.new_empty(0), features.new_empty(0)
-    return z, weights, difference, preactivation
+    return z, weights, difference, features.new_empty(0) if preactivation is None else preactivation
 
 
 def interpolation_head_preactivation(

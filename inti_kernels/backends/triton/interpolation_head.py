@@ -144,7 +144,7 @@ def _interpolation_head_forward_kernel(
     x,  # [B, T, N, C], any strides but the last
     position,  # [T, C] or None
     preactivation,  # [B, T/2, N, h] or None; written with product
-    difference,  # [B, T/2, N], wide, or None
+    difference,  # [B, T/2, N], wide
     z,  # [B, T/2, N, C]
     weights,  # [B, T/2, N, 2]
     count,
@@ -189,8 +189,7 @@ def _interpolation_head_forward_kernel(
             total += tl.load(at, mask=live, other=0)
             at += rows
     total += tl.load(bias2).to(WIDE) - tl.load(bias2 + 1).to(WIDE)
-    if difference is not None:
-        tl.store(difference + pair, total, mask=live)
+    tl.store(difference + pair, total, mask=live)
     first, second = _weights_of(total)
     store_rounded(weights + 2 * pair, first, live)
     store_rounded(weights + 2 * pair + 1, second, live)
@@ -228,7 +227,7 @@ def interpolation_head_forward(
     cube = None if cube is None else cube.contiguous()
     frame_bias, weight2 = _frame_bias(features, frame_context, weight1, bias1), weight2.contiguous()
     z, weights = empty((*pairs, dim), x), empty((*pairs, 2), features)
-    difference = empty(pairs, features, wide_dtype(features)) if keep else None
+    difference = empty(pairs, features, wide_dtype(features))
     preactivation = empty((*pairs, hidden), features) if keep else None
     multiplied = partials = None
     if dots(features):
@@ -268,9 +267,7 @@ def interpolation_head_forward(
         NETWORK_VECTOR=network_step,
         WIDE=wide(x),
     )
-    if not keep:
-        return z, weights, features.new_empty(0, dtype=wide_dtype(features)), features.new_empty(0)
-    return z, weights, difference, preactivation
+    return z, weights, difference, features.new_empty(0) if preactivation is None else preactivation
 
 
 def interpolation_head_preactivation(
