@@ -25,7 +25,16 @@ from inti_kernels.testing import module_case, op_cases
 DIM, FRAMES, GRID = 16, 4, (24, 25)
 TOKEN_PAIRS = FRAMES // 2 * (1 + GRID[0] * GRID[1])  # more than any parameter has numbers
 # What starts no kernel beside views: memory, which tests fill with NaN, and questions.
-NO_LAUNCH = ("empty", "empty_strided", "empty_like", "new_empty", "full", "_unsafe_view", "promote_types")
+NO_LAUNCH = (
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "full",
+    "_unsafe_view",
+    "promote_types",
+    "scalar_tensor",
+)
 
 
 class Launches(TorchDispatchMode):
@@ -65,29 +74,35 @@ def without_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_recipe, "plain_eager", lambda x: True)
 
 
-def ran(fused: FusedInTI, x: Tensor) -> tuple[Launches, Launches]:
+def ran(fused: FusedInTI, x: Tensor, autocast: torch.dtype | None) -> tuple[Launches, Launches]:
     leaves = [x.requires_grad_(), *fused.parameters()]
-    with Launches() as forward:
+    with Launches() as forward, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         outputs = fused(x, return_weights=True)
     upstream = [torch.ones_like(out) for out in outputs]
     with Launches() as backward:
         torch.autograd.grad(outputs, leaves, upstream)
     for launches in (forward, backward):
-        print(*launches.tokens, "beside:", *launches.small, sep="\n  ")
+        print(*launches.tokens, f"beside {len(launches.small)}:", *launches.small, sep="\n  ")
     return forward, backward
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float16", "autocast of float32"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_launches_of_fused_inti(recompute: bool, without_dispatcher: None) -> None:
-    """In float16, every gradient wanted. Computed again, the features are a product's in place of an activation's, and
-    the cube and the hidden layer take a kernel each."""
-    inti, x = module_case(dim=DIM, frames=FRAMES, grid=GRID, dtype=torch.float16)
-    forward, backward = ran(FusedInTI.from_reference(inti, backend="cuda", recompute=recompute), x)
+def test_launches_of_fused_inti(recompute: bool, autocast: bool, without_dispatcher: None) -> None:
+    """Every gradient wanted. Computed again, the features are a product's in place of an activation's, and the cube and
+    the hidden layer take a kernel each. Under autocast the tokens are converted each way, and their gradients added."""
+    inti, x = module_case(dim=DIM, frames=FRAMES, grid=GRID, dtype=torch.float32 if autocast else torch.float16)
+    fused = FusedInTI.from_reference(inti, backend="cuda", recompute=recompute)
+    forward, backward = ran(fused, x, torch.float16 if autocast else None)
     assert len(forward.tokens) <= 6
-    assert len(backward.tokens) <= 13 + 2 * recompute
+    assert len(backward.tokens) <= 13 + 2 * recompute + 2 * autocast
     sums = [launch for launch in backward.tokens if launch == "partial_sums_kernel"]
     assert len(sums) == 1
-    assert not [launch for launch in forward.tokens + backward.tokens if "copy" in launch or "cat" in launch]
+    copies = [launch for launch in forward.tokens + backward.tokens if "copy" in launch or "cat" in launch]
+    assert len(copies) == 2 * autocast
+    # Of class tokens and parameters: what these take is launched, not computed.
+    assert len(forward.small) <= 38
+    assert len(backward.small) <= 120 + 3 * recompute
 
 
 def test_nothing_is_launched_for_a_frozen_module(without_dispatcher: None) -> None:

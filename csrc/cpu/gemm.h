@@ -23,7 +23,7 @@ constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes<float>;
 
 // Terms that are added up in one go: of a panel of columns as many as leave room in the first cache, and sums of sums
-// lose less than one long sum. Of all cuts the only one that the bits of a result depend on.
+// lose less than one long sum. Of the cuts in here the only one that the bits of a result depend on.
 constexpr int64_t kTerms = 192;
 
 // Rows of a block, where they are short.

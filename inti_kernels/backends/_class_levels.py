@@ -18,8 +18,8 @@ aten = torch.ops.aten
 class ClassLevels:
     """F_frame + F_global of class tokens [B, T, C]: the context [B, T/2, C] and, once it is computed, its gradients.
 
-    Tokens, context and the global level are in the wide dtype, for a sum of a few products has no product unit to
-    gain by 16 bits; the frame level is in that of its parameters.
+    Tokens, context and the global level are in the wide dtype, whatever its parameters are in: sums of three products
+    gain nothing by 16 bits. The frame level is in the dtype of its parameters.
 
     Args:
         frame: the eight parameters of :func:`inti_kernels.reference.functional.frame_level`, or None without the level.
@@ -76,18 +76,18 @@ class ClassLevels:
         pooled = torch.maximum(first, second)
         if clip.shape[1] > 2 * pairs:
             pooled = torch.cat((pooled, clip[:, -1:]), dim=1)
-        self.pools.append((clip.shape, pooled, (second > first) | second.isnan()))
+        self.pools.append((clip, pooled))
         return _gelu(pooled)
 
     def _pool_backward(self, grad: Tensor) -> Tensor:
-        shape, pooled, is_second = self.pools.pop()
-        grad, pairs = _gelu_backward(grad, pooled), is_second.shape[1]
-        of_clip = grad.new_empty(shape)
-        of_clip[:, : 2 * pairs : 2] = torch.where(is_second, 0, grad[:, :pairs])
-        of_clip[:, 1::2] = torch.where(is_second, grad[:, :pairs], 0)
-        if shape[1] > 2 * pairs:
-            of_clip[:, -1] = grad[:, -1]
-        return of_clip
+        clip, pooled = self.pools.pop()
+        grad, pairs = _gelu_backward(grad, pooled), clip.shape[1] // 2
+        first, second = clip[:, : 2 * pairs : 2], clip[:, 1::2]
+        is_second = (second > first) | second.isnan()
+        of_pairs, rest = grad[:, :pairs], grad[:, pairs:]
+        of_two = (torch.where(is_second, 0, of_pairs), torch.where(is_second, of_pairs, 0))
+        of_clip = torch.stack(of_two, dim=2).flatten(1, 2)
+        return torch.cat((of_clip, rest), dim=1) if rest.shape[1] else of_clip
 
 
 # A tensor that isn't contiguous goes through PyTorch's own kernels, a contiguous one in float32 on the CPU through
@@ -129,7 +129,7 @@ class _Convolution:
     PyTorch's depthwise convolutions take their time."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.taps, self.bias = weight[:, 0].t().contiguous(), bias  # [3, C]
+        self.taps, self.bias = weight[:, 0].unbind(1), bias  # three of [C], perhaps in another dtype than the clip
 
     def forward(self, clip: Tensor) -> Tensor:
         self.clip = clip

@@ -1,5 +1,6 @@
-"""The whole module as a chain of the other ops' kernels, on every backend: one buffer for the gradient of x, and kept
-for the backward only what takes a product or a convolution to compute again.
+"""The whole module as a chain of the other ops' kernels, on every backend: one buffer for the gradient of x (two where a
+GPU's autocast has the kernels read tokens that were converted), and kept for the backward only what takes a product or
+a convolution to compute again.
 
 The frame and the global level work on B·T class tokens: plain PyTorch, run again in the backward.
 """
@@ -226,16 +227,13 @@ class _Chain:
         return None if context is None else context.to(self.dtype)
 
     def class_levels(self) -> ClassLevels:
-        """The frame level's products on the CPU in the wide dtype too: 16-bit products of a few rows are slow there, and
-        float32 costs nothing."""
-        wide = wide_dtype(self.inputs.x)
+        """The frame level's products on the CPU in the wide dtype too: 16-bit products of a few rows are slow there, in
+        float32 they cost nothing."""
+        dtype = self.dtype if self.inputs.x.is_cuda else wide_dtype(self.inputs.x)
         frame, convolutions = (
-            None if level[0] is None else [parameter.to(dtype) for parameter in level]
-            for level, dtype in (
-                (self.inputs[FRAME], self.dtype if self.inputs.x.is_cuda else wide),
-                (self.inputs[GLOBAL], wide),
-            )
+            None if level[0] is None else level for level in (self.inputs[FRAME], self.inputs[GLOBAL])
         )
+        frame = frame and [parameter.to(dtype) for parameter in frame]
         return ClassLevels(frame, convolutions, self.sizes.eps[1:])
 
     def class_tokens(self) -> Tensor:

@@ -27,8 +27,8 @@ def _run_forward(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, the weights, and for the backward the difference of the logits [B, T/2, N] and, or empty without ``keep``, what
-    the GELU was taken of [B, T/2, N, h]."""
+    """z, the weights, and for the backward the difference of the logits [B, T/2, N] and what the GELU was taken of
+    [B, T/2, N, h], which is empty without ``keep``."""
     module = backends.implementation("interpolation_head", backend, x)
     return module.interpolation_head_forward(
         features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep
