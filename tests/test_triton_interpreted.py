@@ -138,9 +138,10 @@ def test_no_partial_sums_are_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("autocast", "recompute"),
-    [(None, False), (torch.float16, False), (torch.bfloat16, True)],
-    ids=["float32", "float16", "bfloat16, recomputed"],
+    ("autocast", "recompute", "capability"),
+    [(None, False, 70), (torch.float16, False, 70), (torch.bfloat16, True, 80)],
+    indirect=["capability"],
+    ids=["float32", "float16", "bfloat16 by tl.dot, recomputed"],
 )
 def test_fused_inti(autocast: torch.dtype | None, recompute: bool, capability: int) -> None:
     inti, x = module_case(dim=16, frames=4, grid=(2, 3))
