@@ -390,6 +390,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of inti_kernels: tensors as addresses. Use inti_kernels.ops.";
   m.def("build_info", &build_info, "How this module was built.");
   m.def("code_for", &inti::code_for, "archs"_a, "capability"_a, "What the code that a GPU runs was compiled for.");
+  m.def("built_for_others", &inti::built_for_others, "archs"_a, "capability"_a, "Why a GPU runs none of it.");
   define_pair_interpolate(m);
   m.def("pair_interpolate_tiles", &pair_interpolate_tiles, "batch"_a, "frames"_a, "tokens"_a);
   define_depthwise_conv3d(m);

@@ -244,6 +244,7 @@ MUTANTS = {
     + _mutants(
         "csrc/cuda/depthwise_conv3d.cu",
         ("the run's last frame is dropped", "if (STRIDE == 1 && place.last == p.frames) writer.write(at", "if (false) writer.write(at"),
+        ("the entry point sums the first tap's for the bias", "sums.add({q.weight_partials + kTaps, rows", "sums.add({q.weight_partials, rows"),
     ),
     "cuda token_features": _mutants(
         "csrc/cuda/gemm.h",
@@ -258,6 +259,7 @@ MUTANTS = {
         ("the frames of a pair change places", "(2 * pair + place.frame % 2) * columns", "(2 * pair + 1 - place.frame % 2) * columns"),
         ("eps is forgotten", "moments[i].variance() + p.eps", "moments[i].variance()"),
         ("only the first rows' statistics are kept", "blockIdx.x % p.column_tiles == 0)", "blockIdx.x == 0)"),
+        ("a block of more threads than its launch bounds", "blocks, 32 * kWarps, 0, p.stream, 32 * kWarps}, q);\n  });\n}\n\nvoid token_features_normalize", "blocks, 64 * kWarps, 0, p.stream, 32 * kWarps}, q);\n  });\n}\n\nvoid token_features_normalize"),
         ("the position is not normalised with its token", "run[k] + late.position[i][k] - mean[i]", "run[k] - mean[i]"),
     )
     + _mutants(
@@ -270,6 +272,10 @@ MUTANTS = {
         ("rows are read before all of them are there", "kept, first_column);\n    __syncthreads();", "kept, first_column);"),
         ("rows are overwritten while they are read", "    __syncthreads();  // before others' rows", "    // before others' rows"),
         ("all blocks of a wide row have its first columns", "const int first_column = tile.columns * p.slab", "const int first_column = 0 * p.slab"),
+    )
+    + _mutants(
+        "csrc/cuda/partial_sums.h",
+        ("an array's elements are bytes", "static_cast<char*>(array) + i * bytes", "static_cast<char*>(array) + i + 0 * bytes"),
     ),
     "cuda interpolation_head": _mutants(
         "csrc/cuda/interpolation_head.cu",

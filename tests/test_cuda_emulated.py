@@ -6,7 +6,9 @@ INTI_CUDA_LIBRARY names the emulator, which asks for this file: INTI_CUDA_LIBRAR
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import op_suite
 import pytest
@@ -19,6 +21,7 @@ from inti_kernels.backends import cuda
 from inti_kernels.cli import _traffic, check
 from inti_kernels.testing import assert_close_three_way, module_case, op_cases, three_way, three_way_module
 
+ROOT = Path(__file__).resolve().parent.parent
 SOME = [
     pytest.param({}, id="default"),
     pytest.param({"fusion": "add", "head": "sigmoid", "context": ("cube", "global")}, id="add-sigmoid"),
@@ -169,6 +172,25 @@ def test_bfloat16_with_tensor_cores_and_without(op: str, emulator: object) -> No
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.detach().float().abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [
+        ("token_features", {"dim": 264, "frames": 2, "grid": (2, 3)}),
+        ("interpolation_head", {"dim": 24, "hidden": 264, "frames": 2, "grid": (2, 3)}),
+    ],
+    ids=["token_features", "interpolation_head"],
+)
+def test_bfloat16_products_on_tensor_cores(op: str, sizes: dict[str, object], emulator: object) -> None:
+    """Several tiles of columns, the last of them ragged, and a last step that isn't whole: of the head's two sources
+    each has one, where its rows go over from features to the cube."""
+    emulator.set_compute_capability(80)
+    emulator.start_recording()
+    rows = three_way(op, *op_cases(op, dtype=torch.bfloat16, **sizes), backend="cuda")
+    products = {launch["kernel"]: launch["blocks"] for launch in emulator.stop_recording()}
+    assert products[f"{op}_wmma_kernel"] > 1
+    assert_close_three_way(rows)
+
+
 WIDE = {"dim": 16, "grid": (4, 9)}  # rows of 16 bytes, and strips of patches that end at the grid's edge
 CONVOLUTION = ("x", "weight", "bias", "position")
 
@@ -258,6 +280,39 @@ def test_which_code_a_gpu_runs(archs: str, capability: int, code: int, emulator:
     assert emulator.code_for(archs, capability) == code
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability"), [("70", (8, 0)), ("70;75;80;86;90", (10, 0)), ("90+PTX", (7, 5)), ("80;120", (10, 0))]
+)
+def test_code_for_other_gpus_is_said_by_a_launch_as_by_the_backend(
+    archs: str, capability: tuple[int, int], emulator: object
+) -> None:
+    major, minor = capability
+    (reason,) = cuda.why_not_by_capability(capability, archs.split(";")) or [None]
+    assert emulator.built_for_others(archs, 10 * major + minor) == reason
+
+
+def test_code_for_gpus_that_are_not_known(emulator: object) -> None:
+    """As of a build by hand, which has no INTI_CUDA_ARCHS."""
+    assert emulator.built_for_others("", 80) == (
+        "the CUDA kernels were built for GPUs that nobody noted, and this GPU has compute capability 8.0: rebuild with "
+        "INTI_CUDA_ARCHS=80."
+    )
+
+
+def test_every_launch_has_its_kernels_launch_bounds() -> None:
+    """The emulator refuses more threads by what a Launch says: the kernel's own word it can't read."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").iterdir()))
+    text = re.sub(r"\s", "", text)
+    bounds = {name: most for most, name in re.findall(r"__launch_bounds__\(([^,]*),[^;{]*?\)(\w+_kernel)\(", text)}
+    assert len(bounds) == text.count("__global__")
+    for name, members in re.findall(r'Launch(?:how)?\{"(\w+_kernel)",([^{}]*)\}', text):
+        assert members.rpartition(",")[2] == bounds.pop(name), name
+    # Those of convolutions and of products are launched by one function.
+    assert set(bounds.values()) == {"kLanes*kMostStrips<T>", "WmmaTile::kThreads", "FmaTile<T>::kThreads"}
+    assert "stream,kLanes*kMostStrips<T>}" in text
+    assert "Launch{name,down*across,Tile::kThreads,Tile::kSharedBytes,stream,Tile::kThreads}" in text
+
+
 # --- Traffic ----------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +323,7 @@ def traffic(request: pytest.FixtureRequest) -> list[_traffic.Traffic]:
 
 
 def test_traffic(traffic: list[_traffic.Traffic]) -> None:
-    passes = {"pair_interpolate": 2, "depthwise_conv3d": 12, "token_features": 4, "interpolation_head": 2}
+    passes = {"pair_interpolate": 2, "depthwise_conv3d": 12, "token_features": 5, "interpolation_head": 2}
     assert len(traffic) == passes[traffic[0].op]
     for row in traffic:
         print(row)

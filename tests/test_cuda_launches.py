@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from op_subject import as_tuple, loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inti_kernels import FusedInTI
+from inti_kernels import FusedInTI, ops
 from inti_kernels.backends import cuda
 from inti_kernels.backends.cuda import depthwise_conv3d, interpolation_head, token_features
-from inti_kernels.backends.cuda._launch import deferred_sums, rows
+from inti_kernels.backends.cuda._launch import deferred_sums, launch, rows
 from inti_kernels.ops import _recipe
 from inti_kernels.testing import module_case, op_cases
 
@@ -205,6 +207,56 @@ def test_the_module_refuses_sums_that_it_cannot_make() -> None:
             module.partial_sums(sums=sums, dtype="float32", stream=0)
     module.partial_sums(sums=[one], dtype="float32", stream=0)
     assert (out == 4).all()
+
+
+# Gradients that an entry point sums itself where it is given their address; the backends leave all of them to one
+# launch. Of frame_bias, which is no input of the op, the partial sums are added up here.
+SUMMED = {
+    "pair_interpolate_backward": ("position",),
+    "depthwise_conv3d_backward": ("weight", "bias", "position"),
+    "token_features_backward_activation": ("bias",),
+    "token_features_backward_norm": ("norm_weight", "norm_bias", "position"),
+    "interpolation_head_backward": ("bias1", "weight2", "bias2", "position", "frame_bias"),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "more"),
+    [(op, {}) for op in ops.OPS] + [("depthwise_conv3d", {"kernel": (3, 1, 1), "temporal_stride": 1})],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_entry_points_sum_as_the_deferred_sums_do(
+    dtype: torch.dtype, op: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every backward launch of the backend again, with somewhere for its sums to go: the same bits."""
+    calls: list[tuple[str, Tensor, dict[str, Any]]] = []
+
+    def kept(entry: str, like: Tensor, /, **arguments: Any) -> None:
+        calls.append((entry, like, arguments))
+        launch(entry, like, **arguments)
+
+    monkeypatch.setattr(import_module(f"{cuda.__name__}.{op}"), "launch", kept)
+    inputs, kwargs = op_cases(op, dim=40, frames=4, grid=(7, 9), batch=2, dtype=dtype, **more)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    outputs = as_tuple(getattr(ops, op)(**leaves, **kwargs, backend="cuda"))
+    expected = dict(zip(leaves, torch.autograd.grad(loss(outputs), list(leaves.values())), strict=True))
+    again = [call for call in calls if call[0] in SUMMED]
+    assert {entry for entry, _, _ in again} == {entry for entry in SUMMED if entry.startswith(op)}
+    wide = dict.fromkeys(("position", "frame_bias"), torch.promote_types(dtype, torch.float32))
+    for entry, like, arguments in again:
+        if (partials := arguments.get("frame_partials")) is not None:
+            expected["frame_bias"] = torch.empty(partials.shape[1:], dtype=partials.dtype)
+            with deferred_sums() as sums:
+                sums.add(partials, expected["frame_bias"])
+        to = {
+            f"grad_{name}": torch.full_like(expected[name], float("nan"), dtype=wide.get(name))
+            for name in SUMMED[entry]
+        }
+        assert all(arguments[name] is None for name in to), "else it was no deferred sum"
+        launch(entry, like, **{**arguments, **to})
+        for name in SUMMED[entry]:
+            assert torch.equal(to[f"grad_{name}"].to(expected[name].dtype), expected[name]), name
 
 
 # --- What the chain asks of the ops beside their forward and backward -------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from cuda_aot import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -222,13 +225,41 @@ def test_launches_are_what_the_code_says() -> None:
     assert threads == rows * strips * lanes
 
 
+def readme() -> dict[str, str]:
+    """Rows of the table of benchmarks/README.md by their titles."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    table = text[text.index("| kernel | registers / blocks |") :].partition("\n\n")[0]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in table.splitlines()[2:]}
+
+
+@pytest.mark.skipif(not shutil.which(cubins.CXX), reason="there is no C++ compiler")
+def test_the_readme_has_every_model_and_registers_that_were_measured() -> None:
+    """All figures of some rows are held below, where there is a compiler for them."""
+    table, models = readme(), list(kernels.models())
+    assert sorted(table) == sorted(model.title for model in models)
+    budget = json.loads((ROOT / "tests" / "cuda_budget.json").read_text())
+    measured = {model.title: budget[Kernel(model.name, model.source).short]["registers"] for model in models}
+    # Lines of source, which the model asks the compiler for, can cost or save a register.
+    written = {title: int(row.split(" | ")[1].partition(" ")[0]) for title, row in table.items()}
+    assert {title: n for title, n in written.items() if abs(n - measured[title]) > 1} == {}
+    text = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").iterdir()))
+    defined = {word.removesuffix("(") for word in re.findall(r"\b\w+_kernel\(", text)}
+    modelled = {re.search(r"(\w+_kernel)<", model.name)[1] for model in models}
+    assert defined - modelled == {"partial_sums_kernel"}
+    said = f"{len(models)} instantiations, in float16 and float32 and with 16-byte accesses, of {len(modelled)} of the "
+    assert said + f"{len(defined)} kernels" in (ROOT / "benchmarks" / "README.md").read_text()
+
+
 needs_nvrtc = pytest.mark.skipif(bool(cubins.why_not()), reason=str(cubins.why_not()))
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("words", [("pair_interpolate",), ("3×3×3 / 2", "P = 7"), ("product",)], ids=str)
-def test_the_aims_hold(words: tuple[str, ...]) -> None:
+def test_the_aims_hold_and_the_readme_has_the_figures(words: tuple[str, ...]) -> None:
     """InTI's own kernels; all the others are in `python -m benchmarks.sass_model`."""
     rows = [row for row, _, _ in sass_model.predictions("float16", *words)]
-    assert rows
+    first = {row.title: sass_model.markdown(row) for row in reversed(rows)}
+    table = readme()
+    assert first
+    assert first == {title: table[title] for title in first}, "see `python -m benchmarks.sass_model --markdown`"
     assert {row.title: row.aims for row in rows if row.aims} == {}

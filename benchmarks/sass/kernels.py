@@ -281,6 +281,10 @@ def _over_rows(dtype: str) -> Iterator[Model]:
         halved=False, columns_halved=True, tensors=3,
     )  # fmt: skip
     yield _over_tiles(
+        "token_features's activation", "token_features_activation", dtype,
+        halved=False, columns_halved=True, tensors=2,
+    )  # fmt: skip
+    yield _over_tiles(
         "token_features's normalize", "token_features_normalize", dtype, halved=False, columns_halved=False, tensors=2
     )
     yield _norm(dtype)

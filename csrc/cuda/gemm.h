@@ -340,7 +340,7 @@ template <class Tile, class Problem>
 void launch_gemm(void (*kernel)(Problem), const char* name, const Problem& p, void* stream) {
   const int64_t down = (int64_t{p.rows} + Tile::kRows - 1) / Tile::kRows;
   const int64_t across = (int64_t{p.columns} + Tile::kColumns - 1) / Tile::kColumns;
-  launch(kernel, Launch{name, down * across, Tile::kThreads, Tile::kSharedBytes, stream}, p);
+  launch(kernel, Launch{name, down * across, Tile::kThreads, Tile::kSharedBytes, stream, Tile::kThreads}, p);
 }
 
 #endif  // __CUDACC_RTC__

@@ -270,7 +270,8 @@ void launch_interpolate_forward(InterpolateForward p, int64_t batch, const Sourc
   const int64_t tile = kForwardTokens * kInterpolateWarps;
   p.pairs = static_cast<unsigned>(p.frames / 2);
   p.tiles = static_cast<unsigned>((p.tokens + tile - 1) / tile);
-  const Launch how{"interpolate_forward_kernel", batch * p.pairs * p.tiles, 32 * kInterpolateWarps, 0, stream};
+  const Launch how{"interpolate_forward_kernel", batch * p.pairs * p.tiles, 32 * kInterpolateWarps, 0, stream,
+                   32 * kInterpolateWarps};
   launch(interpolate_forward_kernel<T, V, Source>, how, p, source);
 }
 
@@ -290,7 +291,8 @@ void launch_interpolate_backward(InterpolateBackward p, int64_t batch, const Sou
   p.tile_tokens = static_cast<unsigned>((p.tokens + p.tiles - 1) / p.tiles);
   if (p.tile_tokens > most) throw std::invalid_argument("inti_kernels: interpolate_backward: too few tiles");
   const int shared = p.partials ? 2 * kInterpolateWarps * 2 * 32 * V * static_cast<int>(sizeof(Wide<T>)) : 0;
-  const Launch how{"interpolate_backward_kernel", batch * p.pairs * p.tiles, 32 * kInterpolateWarps, shared, stream};
+  const Launch how{"interpolate_backward_kernel", batch * p.pairs * p.tiles, 32 * kInterpolateWarps, shared, stream,
+                   32 * kInterpolateWarps};
   launch(interpolate_backward_kernel<T, V, Source>, how, p, source);
 }
 

@@ -401,7 +401,7 @@ void hidden_backward(const InterpolationHeadBackward& p) {
   const int shared = p.frame_partials || p.weight2_partials ? kColumnSumBytes<W, V, 2, kHiddenWarps> : 0;
   const int64_t blocks = interpolation_head_tiles(s) * q.column_tiles;
   launch(interpolation_head_hidden_kernel<T, V>,
-         Launch{"interpolation_head_hidden_kernel", blocks, 32 * kHiddenWarps, shared, p.stream}, q);
+         Launch{"interpolation_head_hidden_kernel", blocks, 32 * kHiddenWarps, shared, p.stream, 32 * kHiddenWarps}, q);
 }
 
 void interpolation_head_backward(const InterpolationHeadBackward& p) {

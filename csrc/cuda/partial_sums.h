@@ -77,7 +77,7 @@ inline void launch_partial_sums(const PartialSums& p) {
     if (!continues) blocks += (p.sums[i].columns + kSumColumns - 1) / kSumColumns;
   }
   const auto start = [&](auto kernel, int bytes) {
-    launch(kernel, Launch{"partial_sums_kernel", blocks, kSumThreads, kSumThreads * bytes, p.stream}, p);
+    launch(kernel, Launch{"partial_sums_kernel", blocks, kSumThreads, kSumThreads * bytes, p.stream, kSumThreads}, p);
   };
   if (p.dtype == DType::float64)
     start(partial_sums_kernel<double>, 8);

@@ -293,7 +293,8 @@ void token_features_backward_activation(const TokenFeaturesBackwardActivation& p
     q.partials = static_cast<W*>(p.partials);
     const int shared = q.partials ? kColumnSumBytes<W, unit, 1, kWarps> : 0;
     launch(token_features_backward_activation_kernel<T, unit>,
-           Launch{"token_features_backward_activation_kernel", tiles * q.column_tiles, 32 * kWarps, shared, p.stream},
+           Launch{"token_features_backward_activation_kernel", tiles * q.column_tiles, 32 * kWarps, shared, p.stream,
+                  32 * kWarps},
            q);
   });
   SumList sums(s.dtype, p.stream);
@@ -316,7 +317,7 @@ void token_features_activation(const TokenFeaturesActivation& p) {
                           static_cast<T*>(p.features)};
     const int64_t blocks = token_features_tiles(s) * column_tiles;
     launch(token_features_activation_kernel<T, unit>,
-           Launch{"token_features_activation_kernel", blocks, 32 * kWarps, 0, p.stream}, q);
+           Launch{"token_features_activation_kernel", blocks, 32 * kWarps, 0, p.stream, 32 * kWarps}, q);
   });
 }
 
@@ -338,7 +339,7 @@ void token_features_normalize(const TokenFeaturesNormalize& p) {
     q.normalized = static_cast<T*>(p.normalized);
     const int64_t blocks = token_features_tiles(s) * q.column_tiles;
     launch(token_features_normalize_kernel<T, unit>,
-           Launch{"token_features_normalize_kernel", blocks, 32 * kWarps, 0, p.stream}, q);
+           Launch{"token_features_normalize_kernel", blocks, 32 * kWarps, 0, p.stream, 32 * kWarps}, q);
   });
 }
 
@@ -368,7 +369,9 @@ void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
     q.slab = divide_up(divide_up(s.dim, q.column_tiles), unit) * unit;
     const int shared = kNormTermBytes<T> + kNormColumnBytes<T> * q.slab;
     launch(token_features_backward_norm_kernel<T, unit>,
-           Launch{"token_features_backward_norm_kernel", tiles * q.column_tiles, 32 * kNormWarps, shared, p.stream}, q);
+           Launch{"token_features_backward_norm_kernel", tiles * q.column_tiles, 32 * kNormWarps, shared, p.stream,
+                  32 * kNormWarps},
+           q);
   });
   SumList sums(s.dtype, p.stream);
   if (p.norm_partials) {

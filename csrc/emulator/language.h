@@ -10,7 +10,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
+#define __launch_bounds__(...)  // a Launch has them again: most_threads
 #define __align__(bytes) alignas(bytes)
 
 struct alignas(8) float2 {

@@ -109,6 +109,12 @@ def _features(kernels: ModuleType, dtype: torch.dtype, sizes: Mapping[str, Any])
         lambda: kernels.token_features_forward(*inputs.values(), 1e-6, True),
         (Part("forward", least(*inputs.values(), features, statistics, preactivation)),),
     )
+    # What a backward begins with whose forward kept no features.
+    yield Pass(
+        "",
+        lambda: kernels.token_features_activation(preactivation),
+        (Part("activation", least(preactivation, features)),),
+    )
     # Products of torch's come between its parts.
     yield Pass(
         "",

@@ -359,7 +359,7 @@ struct Launch {
   int threads;
   int shared_bytes;
   void* stream;
-  int most_threads = 1024;  // what the kernel's __launch_bounds__ say, where `threads` is no constant
+  int most_threads = 1024;  // what the kernel's __launch_bounds__ say, for the emulator, which can't read them
 };
 
 inline std::string describe(const Launch& how) {
@@ -373,22 +373,6 @@ inline std::string describe(const Launch& how) {
 #define INTI_CUDA_ARCHS ""  // compiled by hand: nothing is known of what for
 #endif
 
-inline void check(cudaError_t error, const Launch& how) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // said once, here
-  std::string message = "inti_kernels: " + describe(how) + " failed: " + cudaGetErrorString(error);
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    int device = 0, major = 0, minor = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    message += "; it was built for compute capability " INTI_CUDA_ARCHS ", and this GPU has compute capability " +
-               std::to_string(major) + "." + std::to_string(minor) +
-               ": rebuild with INTI_CUDA_ARCHS=" + std::to_string(10 * major + minor);
-  }
-  throw std::runtime_error(message);
-}
-
 // Compute capability of the current device, 70 for 7.0.
 inline int compute_capability() {
   int device = 0, major = 0, minor = 0;
@@ -396,6 +380,17 @@ inline int compute_capability() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return 10 * major + minor;
+}
+
+inline void check(cudaError_t error, const Launch& how) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // said once, here
+  std::string message = "inti_kernels: " + describe(how) + " failed: " + cudaGetErrorString(error);
+  // The last of them: PTX that this driver is too old to compile. Machine code needs no compiling.
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion)
+    message += "; " + built_for_others(INTI_CUDA_ARCHS, compute_capability());
+  throw std::runtime_error(message);
 }
 
 inline int compiled_for() { return code_for(INTI_CUDA_ARCHS, compute_capability()); }

@@ -19,4 +19,15 @@ inline int code_for(const std::string& archs, int capability) {
   return best;
 }
 
+// Why a GPU runs nothing of what was compiled, and what to do: the sentence of backends/cuda/__init__.py, for a launch
+// that finds it out.
+inline std::string built_for_others(const std::string& archs, int capability) {
+  std::string built;
+  for (const char c : archs) built += c == ';' ? ", " : std::string(1, c);
+  const std::string major = std::to_string(capability / 10), minor = std::to_string(capability % 10);
+  return "the CUDA kernels were built for " + (built.empty() ? "GPUs that nobody noted" : built) +
+         ", and this GPU has compute capability " + major + "." + minor + ": rebuild with INTI_CUDA_ARCHS=" + major +
+         minor + ".";
+}
+
 }  // namespace inti
