@@ -12,6 +12,8 @@ VENV ?= .venv
 INTI_NATIVE ?= require
 export INTI_NATIVE
 GCOV ?= gcov
+# As setup.py looks for it.
+NVCC ?= $(or $(CUDACXX),$(firstword $(shell command -v $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH)) nvcc /usr/local/cuda/bin/nvcc)),nvcc)
 # Passed on to `make demo` and `make bench` (ARGS), and to pytest (PYTEST_ARGS).
 ARGS ?=
 PYTEST_ARGS ?=
@@ -36,7 +38,7 @@ OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= -n auto \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
     tests/test_interpolation_head.py tests/test_cpu.py tests/test_native.py
 # With INTI_CUDA_LIBRARY, all these are tests of the emulated CUDA backend.
-CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py tests/test_cuda_launches.py) \
+CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py tests/test_cuda_launches.py tests/test_cuda_sizes.py) \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
     tests/test_interpolation_head.py tests/test_inti.py
 # The emulated module of a build folder, and the lines that a build folder's tests executed.
@@ -49,7 +51,9 @@ covered = $(BIN)/gcovr --gcov-executable $(GCOV) --root . --object-directory $(1
 VENV_STAMP := $(VENV)/.stamp-venv
 TORCH_STAMP := $(VENV)/.stamp-torch-$(TORCH)
 PACKAGES_STAMP := $(VENV)/.stamp-packages
-NATIVE_STAMP := $(VENV)/.stamp-native
+# The kernels, by what setup.py builds them by: INTI_CUDA=on after a build without is work to do, and so is a new nvcc.
+NATIVE_CHOICES := $(foreach name,INTI_NATIVE INTI_CPU_ISAS INTI_CUDA INTI_CUDA_ARCHS TORCH_CUDA_ARCH_LIST CUDACXX NVCC,$(name)=$($(name)))
+NATIVE_STAMP := $(VENV)/.stamp-native-$(firstword $(shell cksum <<< '$(NATIVE_CHOICES)'))
 
 say = @printf '\n== %s\n' "$(1)"
 
@@ -58,7 +62,6 @@ TRITONS ?= 3.3.1 3.5.1 3.8.0 3.9.0
 TRITON_FOLDER := build/triton-versions
 
 # What compiles for sm_70 without nvcc, and the disassembler that reads it (tests/cuda_aot.py).
-NVCC ?= $(or $(CUDACXX),nvcc)
 NVRTC := build/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 DISASSEMBLER := $(TRITON_FOLDER)/3.3.1/triton/backends/nvidia/bin/nvdisasm
 
@@ -102,6 +105,7 @@ $(PACKAGES_STAMP): pyproject.toml setup.py $(TORCH_STAMP)
 $(NATIVE_STAMP): $(PACKAGES_STAMP) CMakeLists.txt inti_kernels/_version.py $(NATIVE_INPUTS)
 	$(call say,Building the kernels)
 	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
+	@rm -f $(VENV)/.stamp-native*
 	@touch $@
 
 install: $(NATIVE_STAMP) ## create .venv, install everything into it and build the kernels
@@ -206,7 +210,7 @@ cuda-compile: emulator $(NVRTC) $(DISASSEMBLER)
 	    echo "by hand, with nothing but csrc/include:" && \
 	    $(NVCC) -std=c++17 -arch=sm_75 -Icsrc/include -c csrc/cuda/pair_interpolate.cu -o build/cuda/by_hand.o; \
 	else \
-	    echo "not run: no nvcc; CUDACXX names one"; \
+	    echo "not run: no nvcc; CUDACXX or CUDA_HOME names one"; \
 	fi
 	$(call say,CUDA: compiling ahead of time for sm_70)
 	$(VENV_PYTHON) tests/cuda_aot.py
@@ -285,5 +289,5 @@ format: install ## apply ruff and clang-format
 
 clean: ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info inti_kernels/_native*.so inti_kernels/_cuda*.so inti_kernels/_build.json .pytest_cache .ruff_cache .hypothesis
-	rm -f $(NATIVE_STAMP)
+	rm -f $(VENV)/.stamp-native*
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +

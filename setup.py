@@ -6,8 +6,8 @@ This file decides whether there is anything to compile, runs CMake, and leaves a
     INTI_NATIVE      auto (default): build if a C++ compiler is found; require: or fail; off: a pure install
     INTI_CPU_ISAS    instruction sets to compile for, e.g. "baseline,avx2" (default: all that the compiler supports)
     CXX, CXXFLAGS    as everywhere
-    INTI_CUDA        the CUDA kernels, beside the native module: auto (default): build them if nvcc and a driver are
-                     found, or nvcc and a list of architectures is set; on: or fail; off: leave them out
+    INTI_CUDA        the CUDA kernels, beside the native module: auto (default): build them if nvcc, 11.8 or newer, and
+                     a driver are found, or nvcc and a list of architectures is set; on: or fail; off: leave them out
     INTI_CUDA_ARCHS  compute capabilities, e.g. "70;75;80+PTX" (default: TORCH_CUDA_ARCH_LIST, else what nvcc has of
                      70;75;80;86;90, and PTX of the newest)
     CUDACXX          nvcc (default: that of CUDA_HOME or CUDA_PATH, of PATH, of /usr/local/cuda)
@@ -18,6 +18,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "inti_kernels"
 MODULES = ("_native", "_cuda")
+OLDEST_NVCC = (11, 8)
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -85,6 +87,16 @@ def find_nvcc() -> str | None:
     return next((path for path in map(shutil.which, places) if path), None)
 
 
+def why_too_old(nvcc: str) -> str | None:
+    """Why this nvcc can't compile the CUDA kernels, as the middle of a sentence; None if it can, or doesn't say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None or (int(release[1]), int(release[2])) >= OLDEST_NVCC:
+        return None
+    oldest = ".".join(map(str, OLDEST_NVCC))
+    return f"they need nvcc {oldest} or newer, and {nvcc} is version {release[1]}.{release[2]}"
+
+
 def has_driver() -> bool:
     """Whether NVIDIA's driver is installed."""
     if shutil.which("nvidia-smi"):
@@ -108,8 +120,10 @@ def why_no_cuda() -> str | None:
         reason = PURE_REASON
     elif sys.platform != "linux":
         reason = "they are built on Linux only"
-    elif find_nvcc() is None:
+    elif (nvcc := find_nvcc()) is None:
         reason = "no nvcc was found at install time"
+    elif too_old := why_too_old(nvcc):
+        reason = too_old
     elif choice == "auto" and not listed and not has_driver():
         return "no NVIDIA driver was found at install time, nor was INTI_CUDA_ARCHS set"
     else:

@@ -27,7 +27,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 collect_ignore = [
     *([] if INTERPRETED else ["test_triton_interpreted.py"]),
-    *([] if EMULATED else ["test_cuda_emulated.py", "test_cuda_launches.py"]),
+    *([] if EMULATED else ["test_cuda_emulated.py", "test_cuda_launches.py", "test_cuda_sizes.py"]),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -17,14 +18,26 @@ CMAKE = Path(sys.executable).with_name("cmake")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux only")
 
 
-@pytest.fixture
-def nvcc(tmp_path: Path) -> str:
-    """A program that lists what nvcc 12 can compile for."""
-    script = tmp_path / "nvcc"
-    listed = "\\n".join(f"sm_{arch}" for arch in (50, 60, 70, 75, 80, 86, 89, 90))
-    script.write_text(f"#!/bin/sh\nprintf '{listed}\\n'\n")
+def fake_nvcc(folder: Path, release: str, *archs: int) -> str:
+    """A program that says of itself what an nvcc does: its version, and what it can compile for."""
+    script = folder / "nvcc"
+    listed = "\\n".join(f"sm_{arch}" for arch in archs)
+    version = f"Cuda compilation tools, release {release}, V{release}.99"
+    script.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && echo '{version}' || printf '{listed}\\n'\n")
     script.chmod(0o755)
     return str(script)
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path) -> str:
+    """As nvcc 12 is, with a few architectures less."""
+    return fake_nvcc(tmp_path, "12.4", 50, 60, 70, 75, 80, 86, 89, 90)
+
+
+@pytest.fixture
+def nvcc_13(tmp_path: Path) -> str:
+    """As nvcc 13 is, which has no 70 any more."""
+    return fake_nvcc(tmp_path, "13.0", 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 
 def setup(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
@@ -95,6 +108,28 @@ def test_a_build_that_cannot_be_is_an_error(code: str, environment: dict[str, st
     assert message in done.stderr
 
 
+@linux_only
+@pytest.mark.parametrize("release", ["10.2", "11.7"])
+def test_an_nvcc_that_is_too_old_is_none(tmp_path: Path, release: str) -> None:
+    nvcc = fake_nvcc(tmp_path, release, 70)
+    reason = f"they need nvcc 11.8 or newer, and {nvcc} is version {release}"
+    done = setup(DRIVER, INTI_CUDA="auto", INTI_CUDA_ARCHS="70", CUDACXX=nvcc)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "without the CUDA kernels" in line)
+    assert reason in line
+    assert f"['_native'] {reason}" in done.stdout
+    done = setup(DRIVER, INTI_CUDA="on", CUDACXX=nvcc)
+    assert done.returncode != 0
+    assert f"INTI_CUDA=on, but the CUDA kernels cannot be built: {reason}. Install what is missing" in done.stderr
+
+
+@linux_only
+@pytest.mark.parametrize("release", ["11.8", "12.9", "13.0"])
+def test_any_newer_nvcc_will_do(tmp_path: Path, release: str) -> None:
+    done = setup(DRIVER, INTI_CUDA="on", CUDACXX=fake_nvcc(tmp_path, release, 75))
+    assert "['_native', '_cuda'] None" in done.stdout, done.stderr
+
+
 def test_the_note_says_what_was_built(tmp_path: Path) -> None:
     """Without compiling: `leave_note` alone."""
     code = f"""
@@ -129,6 +164,11 @@ def archs(nvcc: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ({"TORCH_CUDA_ARCH_LIST": "7.0 7.5;9.0a+PTX"}, "70;75;90+PTX"),
         ({"INTI_CUDA_ARCHS": "86", "TORCH_CUDA_ARCH_LIST": "7.0"}, "86"),
         ({"TORCH_CUDA_ARCH_LIST": "5.2 6.0 7.0 8.6+PTX 12.0"}, "70;86+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "Volta"}, "70+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "Volta;8.0"}, "70+PTX;80"),
+        ({"TORCH_CUDA_ARCH_LIST": "Pascal Turing Ampere"}, "75+PTX;80;86+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "Kepler+Tesla;Maxwell;Ada;Hopper;Blackwell+Tegra"}, "89+PTX;90+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5 Turing 7.5"}, "75+PTX"),
     ],
 )
 def test_architectures(nvcc: str, environment: dict[str, str], targets: str) -> None:
@@ -139,9 +179,44 @@ def test_architectures(nvcc: str, environment: dict[str, str], targets: str) -> 
 
 @linux_only
 @pytest.mark.parametrize(
+    ("listed", "targets"), [("Volta;8.0", "80"), ("7.0;7.5", "75"), ("Volta+Tegra Blackwell", "100;103;120;121+PTX")]
+)
+def test_volta_is_left_out_with_a_warning(nvcc_13: str, listed: str, targets: str) -> None:
+    done = archs(nvcc_13, TORCH_CUDA_ARCH_LIST=listed)
+    assert done.returncode == 0, done.stderr
+    assert f"CUDA kernels: {targets} by {nvcc_13}" in done.stdout
+    said = " ".join(done.stderr.split())
+    assert "CMake Warning" in said
+    assert " of TORCH_CUDA_ARCH_LIST left out, which " in said
+    assert "For 70 (V100) take nvcc 11.8 to 12.9; CUDACXX names another nvcc" in said
+
+
+@linux_only
+def test_what_is_older_than_volta_is_left_out_without_one(nvcc: str) -> None:
+    assert "Warning" not in archs(nvcc, TORCH_CUDA_ARCH_LIST="Pascal;6.1;7.0").stderr
+
+
+@linux_only
+def test_names_are_those_of_pytorch(nvcc: str) -> None:
+    """The list is in a function of PyTorch's; a name that it gets to know is to be added to csrc/cuda.cmake."""
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    known = re.findall(
+        r"\('([A-Z]\w+(?:\+\w+)?)', '([\d.;+PTX]+)'\)", inspect.getsource(cpp_extension._get_cuda_arch_flags)
+    )
+    assert len(known) >= 10
+    cmake = (ROOT / "csrc" / "cuda.cmake").read_text()
+    ours = re.findall(r"set\(torch_(\S+) ", cmake)
+    for name, stands_for in known:
+        if float(stands_for[:3].rstrip(".")) >= 7:
+            assert name in ours, f"{name} is {stands_for}"
+
+
+@linux_only
+@pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"TORCH_CUDA_ARCH_LIST": "Volta"}, "('Volta') names nothing that"),
+        ({"TORCH_CUDA_ARCH_LIST": "Pascal"}, "('Pascal') names nothing that"),
+        ({"INTI_CUDA_ARCHS": "Volta"}, "must list compute capabilities such as 70;75+PTX or 7.0;7.5+PTX, got 'Volta'"),
         ({"INTI_CUDA_ARCHS": "70;sm_75"}, "got 'sm_75'"),
         ({"INTI_CUDA_ARCHS": "60"}, "these kernels need tensor cores, so 70 (V100) or newer"),
         ({"INTI_CUDA_ARCHS": "120"}, "INTI_CUDA_ARCHS names 120, which"),

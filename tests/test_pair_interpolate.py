@@ -108,6 +108,25 @@ def test_infinite_logits_are_what_softmax_says(backend: str) -> None:
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@pytest.mark.parametrize("dim", [5, 64], ids=["one by one", "16 bytes at a time"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_gradient_stays_infinite(backend: str, dtype: torch.dtype, dim: int) -> None:
+    """Of the last token, which a kernel may take for tokens that aren't there: infinity times zero would be NaN."""
+    inputs, _ = SUBJECT.case(dtype, batch=1, frames=2, grid=(1, 6), dim=dim, prefix=0)
+    leaves = [inputs[name].requires_grad_() for name in ("x", "position")]
+    grad_z = torch.ones(1, 1, 6, dim, dtype=dtype)
+    grad_z[0, 0, -1, 1], grad_z[0, 0, -1, 3] = float("inf"), -float("inf")
+    ours, theirs = (
+        torch.autograd.grad(z, leaves, grad_z)
+        for z in (ops.pair_interpolate(**inputs, backend=backend)[0], reference.pair_interpolate(**inputs)[0])
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert bool(b.isinf().any())
+        assert not bool(a.isnan().any())
+        assert torch.equal(a.isinf(), b.isinf())
+        assert torch.equal(a.sign(), b.sign())
+
+
 @pytest.mark.parametrize("where", ["x", "logits"])
 def test_nan_stays_nan(backend: str, where: str) -> None:
     inputs, _ = SUBJECT.case(dim=37)

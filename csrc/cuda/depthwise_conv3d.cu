@@ -106,7 +106,23 @@ int patches_of(const DepthwiseConv3dShape& s) {
   return strip_patches(s.width, narrow && s.kernel_space == 3);
 }
 
+// Frames and patches are shared out by division. Places inside a clip are counted in int; memory is addressed in 64
+// bits.
+void check_sizes(const DepthwiseConv3dShape& s) {
+  if (s.temporal_stride < 1 || s.frames < s.temporal_stride || s.height < 1 || s.width < 1) {
+    const auto got = [](const char* name, int64_t size) { return std::string(name) + std::to_string(size); };
+    throw std::invalid_argument(
+        "inti_kernels: depthwise_conv3d takes height and width of 1 or more, and frames to fill a temporal_stride; " +
+        got("got height ", s.height) + got(", width ", s.width) + got(", frames ", s.frames) +
+        got(", temporal_stride ", s.temporal_stride));
+  }
+  const int64_t most = 1 << 30;
+  if (s.frames > most || s.prefix > most || s.dim > most || s.height > most || s.width > most / s.height)
+    throw std::invalid_argument("inti_kernels: depthwise_conv3d takes frames, prefix, height·width and dim up to 2^30");
+}
+
 DepthwiseConv3dTiling depthwise_conv3d_tiling(const DepthwiseConv3dShape& s) {
+  check_sizes(s);
   DepthwiseConv3dTiling result{};
   with_dtype(s.dtype, [&](auto number) {
     const Tiling tiling = tiling_of<decltype(number)>(s, patches_of(s));
@@ -141,13 +157,6 @@ void with_shape(const DepthwiseConv3dShape& s, bool full_width, F f) {
 template <class T>
 Launch launch_of(const char* kernel, const DepthwiseConv3dShape& s, const Tiling& t, int shared_bytes, void* stream) {
   return {kernel, s.batch * t.slabs * t.tiles * t.runs, t.threads, shared_bytes, stream, kLanes * kMostStrips<T>};
-}
-
-// Places inside a clip are counted in int; memory is addressed in 64 bits.
-void check_sizes(const DepthwiseConv3dShape& s) {
-  const int64_t most = 1 << 30;
-  if (s.frames > most || s.prefix > most || s.dim > most || s.height > most || s.width > most / s.height)
-    throw std::invalid_argument("inti_kernels: depthwise_conv3d takes frames, prefix, height·width and dim up to 2^30");
 }
 
 ConvolutionSizes sizes_of(const DepthwiseConv3dShape& s, const Tiling& t) {

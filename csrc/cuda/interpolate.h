@@ -151,13 +151,13 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
   int64_t tokens[kBackwardTokens];
 #pragma unroll
   for (int i = 0; i < kBackwardTokens; ++i) {
-    // A token that isn't there stands for the tile's last, with weights of zero: it adds nothing to the position's
-    // sums.
+    // A token that isn't there stands for the tile's last, with a gradient of zero: it adds nothing to the position's
+    // sums. Weights of zero would not do: an infinite gradient times zero is NaN.
     live[i] = first + i * kInterpolateWarps < last;
     tokens[i] = live[i] ? first + i * kInterpolateWarps : last - 1;
     const auto weights = source.weights(at.row * p.tokens + tokens[i]);
-    alpha[i] = live[i] ? weights.first : 0;
-    beta[i] = live[i] ? weights.second : 0;
+    alpha[i] = weights.first;
+    beta[i] = weights.second;
     sums[i] = 0;
   }
 
@@ -170,8 +170,10 @@ __global__ void __launch_bounds__(32 * kInterpolateWarps, 3)
     if (channel < p.dim) {
       Loaded<T, V> grad[kBackwardTokens], even[kBackwardTokens], odd[kBackwardTokens];
 #pragma unroll
-      for (int i = 0; i < kBackwardTokens; ++i)
-        grad[i] = start_load<V>(grad_z + tokens[i] * p.grad_z_strides.token + channel);
+      for (int i = 0; i < kBackwardTokens; ++i) {
+        const T* from = grad_z + tokens[i] * p.grad_z_strides.token + channel;
+        grad[i] = live[i] ? start_load<V>(from) : Loaded<T, V>{};
+      }
       if (wants_x) {
         Vec<W, V> between{};  // position of the even frame less that of the odd one
         if (position) {
@@ -287,6 +289,7 @@ void interpolate_forward(const InterpolateForward& p, int64_t batch, const Sourc
 template <class T, int V, class Source>
 void launch_interpolate_backward(InterpolateBackward p, int64_t batch, const Source& source, void* stream) {
   p.pairs = static_cast<unsigned>(p.frames / 2);
+  if (p.tiles == 0) return;  // no tokens
   const int64_t most = kBackwardTokens * kInterpolateWarps;
   p.tile_tokens = static_cast<unsigned>((p.tokens + p.tiles - 1) / p.tiles);
   if (p.tile_tokens > most) throw std::invalid_argument("inti_kernels: interpolate_backward: too few tiles");

@@ -139,8 +139,9 @@ __global__ void __launch_bounds__(FmaTile<T>::kThreads, FmaTile<T>::kBlocks)
 template <class W>
 struct HeadWeights {
   W first, second, difference;
-  // Both by their own quotient: 1 - α would lose a small β's digits. An infinite difference gives NaN, as PyTorch's
-  // softmax does: loss scaling has to see that the network has overflowed.
+  // Both by their own quotient: 1 - α would lose a small β's digits. An infinite difference gives NaN: loss scaling has
+  // to see that the network has overflowed. PyTorch's softmax gives NaN for a logit of +inf only, and weights of 0 and
+  // 1 for one of -inf; a difference doesn't say which of the two logits it is from.
   __device__ __forceinline__ explicit HeadWeights(W logits)
       : first(1 / (1 + exponential(-logits)) + 0 * logits),
         second(1 / (1 + exponential(logits)) + 0 * logits),

@@ -345,6 +345,7 @@ void token_features_normalize(const TokenFeaturesNormalize& p) {
 
 void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
   const auto& s = p.shape;
+  if (s.dim == 0) return;  // everything that it writes has a channel to each element
   const int64_t tiles = token_features_tiles(s);
   const auto full_width = [&](int unit) {
     return s.dim % unit == 0 && divides(unit, p.x_strides) &&
@@ -380,7 +381,8 @@ void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
     sums.add({p.norm_partials, tiles, 2 * dim, dim, dim, dim, p.grad_norm_weight, s.dtype, false, false});
     sums.add({of_bias, tiles, 2 * dim, dim, dim, dim, p.grad_norm_bias, s.dtype, false, false});
   }
-  sums.add_wide(p.grad_position, p.position_partials, tiles / s.frames, s.frames * s.dim);
+  const int64_t tiles_of_frame = s.batch * token_tiles(s.batch * s.frames, s.tokens).tiles;
+  sums.add_wide(p.grad_position, p.position_partials, tiles_of_frame, s.frames * s.dim);
   sums.launch();
 }
 
