@@ -135,9 +135,10 @@ lint: install ## ruff and clang-format, nothing changed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
+# Threads beside those of pytest would only wait for each other; what needs two asks for them.
 unit: install ## the fast tests, shared out over the cores (PYTEST_ARGS="-k conv -x")
 	$(call say,Tests)
-	$(VENV_PYTHON) -m pytest -n auto tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n auto tests $(PYTEST_ARGS)
 
 test-slow: install ## the tests that take minutes, which `make test` leaves out
 	$(call say,Slow tests)

@@ -195,7 +195,7 @@ MUTANTS = {
         ("a lane is left out of the warp's sum", "for (int distance = 16; distance > 0; distance /= 2) sum +=", "for (int distance = 8; distance > 0; distance /= 2) sum +="),
         ("the second frame has the first one's position", "odd_position = load_wide<V>(position + p.dim + channel);", "odd_position = load_wide<V>(position + channel);"),
         ("a token that isn't there is written", "if (live[i]) store(to[i]", "if (true) store(to[i]"),
-        ("a token that isn't there has weights", "alpha[i] = live[i] ? weights.first : 0;", "alpha[i] = weights.first;"),
+        ("a token that isn't there has a gradient", "grad[i] = live[i] ? start_load<V>(from) : Loaded<T, V>{};", "grad[i] = start_load<V>(from);"),
         ("a tile's tokens are the next one's too", "if (last > p.tokens) last = p.tokens;", "last = p.tokens;"),
         ("the buffer is overwritten", "odd_grad[k] += old_odd[k];", ";"),
         ("the weights' own gradient is dropped", "(static_cast<S>(sum) + source.grad_difference(pair))", "static_cast<S>(sum)"),

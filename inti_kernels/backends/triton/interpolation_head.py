@@ -46,8 +46,8 @@ _SIZES = ["pairs", "tokens", "dim", "hidden", "stride_batch", "stride_frame", "s
 @triton.jit
 def _weights_of(difference):
     """The weights from the first logit less the second. Both by their own quotient: 1 - α would lose a small β's
-    digits. An infinite difference gives NaN, as PyTorch's softmax does: loss scaling has to see that the network has
-    overflowed."""
+    digits. An infinite difference gives NaN, as a logit of +inf does in PyTorch: loss scaling has to see that the
+    network has overflowed."""
     nan_or_0 = difference - difference
     return 1 / (1 + tl.exp(-difference)) + nan_or_0, 1 / (1 + tl.exp(difference)) + nan_or_0
 
