@@ -29,8 +29,8 @@ void for_each_pair(const InterpolationHeadShape& shape, const Block& block, cons
 }
 
 // The softmax over two logits of which only the difference is known; each weight by its own quotient, since 1 - α would
-// lose a small β's digits. An infinite difference gives NaN, as a logit of +inf does in PyTorch: loss scaling has to see
-// that the network has overflowed.
+// lose a small β's digits. An infinite difference gives NaN, as a logit of +inf does in PyTorch: loss scaling has to
+// see that the network has overflowed.
 struct PairWeights {
   double first, second;
   explicit PairWeights(double difference) {

@@ -1,5 +1,5 @@
-// Matrix products in float32, for processors on which PyTorch's are slow: AMD's with AVX2 and no more. The baseline's and
-// AVX-512's are there for tests, and for processors that may turn out to want them.
+// Matrix products in float32, for processors on which PyTorch's are slow: AMD's with AVX2 and no more. The baseline's
+// and AVX-512's are there for tests, and for processors that may turn out to want them.
 #pragma once
 
 #include <cstdint>
