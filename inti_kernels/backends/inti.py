@@ -1,6 +1,6 @@
-"""The whole module as a chain of the other ops' kernels, on every backend: one buffer for the gradient of x (two where a
-GPU's autocast has the kernels read tokens that were converted), and kept for the backward only what takes a product or
-a convolution to compute again.
+"""The whole module as a chain of the other ops' kernels, on every backend: one buffer for the gradient of x (two where
+autocast on a GPU has kernels read converted tokens), and kept for the backward only what takes a product or a
+convolution to compute again.
 
 The frame and the global level work on B·T class tokens: plain PyTorch, run again in the backward.
 """
