@@ -15,10 +15,12 @@ void add_up(const PartialSums& p) {
     const int64_t row = i / parts, begin = i % parts * kColumns;
     const int64_t end = begin + kColumns < p.columns ? begin + kColumns : p.columns;
     const A* term = static_cast<const A*>(p.partials) + row * p.terms * p.columns;
-    A* sum = static_cast<A*>(p.sums) + row * p.columns;
-    for (int64_t c = begin; c < end; ++c) sum[c] = 0;
+    A* to = static_cast<A*>(p.sums) + row * p.columns;
+    // In double: where all terms are of one sign, the sums of a few hundred would lose more than PyTorch's do.
+    double sums[kColumns] = {};
     for (int64_t k = 0; k < p.terms; ++k, term += p.columns)
-      for (int64_t c = begin; c < end; ++c) sum[c] += term[c];
+      for (int64_t c = begin; c < end; ++c) sums[c - begin] += term[c];
+    for (int64_t c = begin; c < end; ++c) to[c] = A(sums[c - begin]);
   });
 }
 
