@@ -41,6 +41,8 @@ OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= -n auto \
 CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py tests/test_cuda_launches.py tests/test_cuda_sizes.py) \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
     tests/test_interpolation_head.py tests/test_inti.py
+# What of them says nothing more on another build of the kernels, and waits for a compiler.
+NO_COMPILER := not compile and not export and not opcheck
 # The emulated module of a build folder, and the lines that a build folder's tests executed.
 emulated = $$(echo $(CURDIR)/$(1)/_cuda*.so)
 covered = $(BIN)/gcovr --gcov-executable $(GCOV) --root . --object-directory $(1) --filter $(2) --merge-lines \
@@ -249,7 +251,8 @@ coverage: install ## the op tests, and how many lines of the C++ kernels they ex
 	$(CMAKE) --build build/coverage
 	@find build/coverage -name '*.gcda' -delete
 	$(call say,Coverage of csrc/cpu: the op tests)
-	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/coverage/_native*.so)" $(OP_TESTS)
+	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/coverage/_native*.so)" OMP_NUM_THREADS=1 \
+	    $(OP_TESTS) -k '$(NO_COMPILER)'
 	$(call say,Coverage of csrc/cpu)
 	$(call covered,build/coverage,csrc/cpu/)
 
@@ -264,10 +267,10 @@ sanitize: install ## the op tests on builds with AddressSanitizer and UBSan
 	$(CMAKE) --build build/sanitize
 	$(call say,Sanitizers: the op tests)
 	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/sanitize/_native*.so)" $(SANITIZED) \
-	    $(OP_TESTS) -k 'not compile and not export and not opcheck'
+	    $(OP_TESTS) -k '$(NO_COMPILER)'
 	$(call say,Sanitizers: the op tests in the emulator)
 	INTI_CUDA_LIBRARY="$(call emulated,build/sanitize)" HYPOTHESIS_PROFILE=mutants $(SANITIZED) \
-	    OMP_NUM_THREADS=1 $(CUDA_TESTS) -n auto -k 'not compile and not export and not opcheck'
+	    OMP_NUM_THREADS=1 $(CUDA_TESTS) -n auto -k '$(NO_COMPILER)'
 	$(call say,Sanitizers: the standalone programs)
 	g++ -std=c++17 -O1 -g -fsanitize=address -Wno-psabi -Wno-unknown-pragmas -DINTI_EMULATED -Icsrc/include -Icsrc \
 	    benchmarks/standalone/*.cpp -x c++ csrc/cuda/*.cu -o build/sanitize/standalone
