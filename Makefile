@@ -281,7 +281,7 @@ test-mutants: install ## plant one-line faults in the C++, Triton and CUDA kerne
 	$(call say,Mutants)
 	$(VENV_PYTHON) tests/mutants.py $(if $(SUITE),--suite '$(SUITE)')
 
-test-full: install ## all of these and a wheel beside several torches; hours; writes FULL_RESULTS.md (STEPS="sanitize nvcc" runs these only)
+test-full: install ## all of these and a wheel beside several torches; hours; writes FULL_RESULTS.md (STEPS="sanitize test-nvcc" runs these only)
 	$(VENV_PYTHON) tests/full.py $(STEPS)
 
 # --- Keeping house --------------------------------------------------------------------------------------------------

@@ -230,11 +230,12 @@ class _Chain:
         """The frame level's products on the CPU in the wide dtype too: 16-bit products of a few rows are slow there, in
         float32 they cost nothing."""
         dtype = self.dtype if self.inputs.x.is_cuda else wide_dtype(self.inputs.x)
-        frame, convolutions = (
-            None if level[0] is None else level for level in (self.inputs[FRAME], self.inputs[GLOBAL])
+        frame, convolutions = self.inputs[FRAME], self.inputs[GLOBAL]
+        return ClassLevels(
+            None if frame[0] is None else [parameter.to(dtype) for parameter in frame],
+            None if convolutions[0] is None else convolutions,
+            self.sizes.eps[1:],
         )
-        frame = frame and [parameter.to(dtype) for parameter in frame]
-        return ClassLevels(frame, convolutions, self.sizes.eps[1:])
 
     def class_tokens(self) -> Tensor:
         """Of x + σ·P, in the wide dtype, [B, T, C]; contiguous, since the bits of PyTorch's sums of products depend on
