@@ -50,7 +50,11 @@ def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty_of_nan(shape, like, dtype=None):  # type: ignore[no-untyped-def]
         return torch.full(tuple(shape), float("nan"), dtype=dtype or like.dtype, device=like.device)
 
-    modules = [_memory, _arguments, *(import_module(f"{cpu.__name__}.{name}") for name in ("_call", "_products"))]
+    modules = [
+        _memory,
+        _arguments,
+        *(import_module(f"{cpu.__name__}.{name}") for name in ("_call", "_products", "_few_rows", "class_levels")),
+    ]
     modules += [import_module(f"{cpu.__name__}.{op}") for op in OPS]
     if INTERPRETED:
         modules += [import_module(f"{triton.__name__}.{name}") for name in ("_launch", *OPS)]

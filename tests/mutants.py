@@ -90,14 +90,17 @@ MUTANTS = {
     ),
     "token_features": _mutants(
         "csrc/cpu/token_features.cpp",
-        ("the padding of a last vector counts as a channel", "inside<A>(load, frame.at(k, c, load) - mean)", "(frame.at(k, c, load) - mean)"),
-        ("eps is forgotten", "double(variance) + eps", "double(variance)"),
         ("the position is forgotten", "return position ? v + load(position + c) : v;", "return v;"),
         ("the frames of a pair change places", "+ frame % 2 * shape.width", "+ (1 - frame % 2) * shape.width"),
         ("the slope is the value", "gelu<A>(load(kept + c)).slope", "gelu<A>(load(kept + c)).value"),
         ("the gradient's mean stays", "(g - mean_g - y * mean_gy)", "(g - y * mean_gy)"),
         ("the buffer is overwritten", "p.accumulate ? load(grad_x + c) + grad : grad", "grad"),
         ("the norm's bias sums what its weight does", "store(sums + dim + c, load(sums + dim + c) + of_row);", "store(sums + dim + c, load(sums + dim + c) + of_row * y);"),
+    )
+    + _mutants(
+        "csrc/cpu/layer_norm.h",
+        ("the padding of a last vector counts as a channel", "inside<A>(load, at(c, load) - mean)", "(at(c, load) - mean)"),
+        ("eps is forgotten", "double(variance) + eps", "double(variance)"),
     )
     + _mutants(
         "csrc/cpu/partial_sums.cpp",
@@ -123,6 +126,31 @@ MUTANTS = {
         ("stale memory is added to", "store(grad_x1 + c, p.accumulate ? load(grad_x1 + c) + grad1 : grad1);", "store(grad_x1 + c, load(grad_x1 + c) + grad1);"),
         ("half of the partial sums start as garbage", "c < 2 * columns; ++c) sums[c] = 0", "c < columns; ++c) sums[c] = 0"),
         ("weight2's sums are the slope's", "upstream * gelu_at.value", "upstream * gelu_at.slope"),
+    ),
+    "class_levels": _mutants(
+        "csrc/cpu/few_rows.cpp",
+        ("the last outputs are left out", "(count + size - 1) / size", "count / size"),
+        ("single rows are left out", "if constexpr (N > 1)", "if constexpr (N > 2)"),
+        ("a later strip overwrites what the first has summed", "n0 > 0 ? load(to + r * s.in + c) + sums[r] : sums[r]", "sums[r]"),
+        ("the gradient goes past the GELU", "kept ? v * gelu<A>(load(kept + c)).slope : v", "v"),
+        ("the weight's gradient is overwritten", "if (p.accumulate)", "if (false)"),
+        ("the mean of g·y is forgotten", "(g - mean_g - y * mean_gy)", "(g - mean_g)"),
+        ("the norm's bias sums what its weight does", "of_bias += grad;", "of_bias += of_weight;"),
+        ("without outputs nothing is written", "if (grad_input && s.out == 0)", "if (false)"),
+    )
+    + _mutants(
+        "csrc/cpu/global_level.cpp",
+        ("a lone frame is pooled away", "return (frames + 1) / 2;", "return frames / 2;"),
+        ("NaN is not the larger one", "(second > first) | (second != second)", "second > first"),
+        ("of equal ones the second", "(second > first) |", "(second >= first) |"),
+        ("the taps change places in the backward", "v += grad[t - 1] * taps[2];", "v += grad[t - 1] * taps[0];"),
+        ("the mean counts the clip's frames", "return sum / A(frames[kGlobalConvolutions - 1]);", "return sum / A(frames[0]);"),
+        ("the frame level's gradient is overwritten", "p.accumulate ? load(to) + clip.grad_x[t] : clip.grad_x[t]", "clip.grad_x[t]"),
+        ("the threads work in one place", "thread_number() * global_level_vectors(of_clip)", "0 * global_level_vectors(of_clip)"),
+    )
+    + _mutants(
+        "inti_kernels/backends/cpu/class_levels.py",
+        ("the global level overwrites the frame level", "accumulate=context is not None", "accumulate=False"),
     ),
     "gemm": _mutants(
         "csrc/cpu/gemm.h",
@@ -342,6 +370,7 @@ MUTANTS = {
 
 # What catches them: test files, and what of them is left out. Of a suite that isn't here: tests/test_<suite>.py.
 TESTS = {
+    "class_levels": ["tests/test_class_levels.py", "tests/test_cpu.py"],
     "gemm": ["tests/test_cpu.py"],
     "token_features": ["tests/test_token_features.py", "tests/test_cpu.py"],
     "interpolation_head": ["tests/test_interpolation_head.py", "tests/test_cpu.py"],

@@ -1,24 +1,31 @@
-"""The frame and the global level as the op `inti` has them, against autograd of the reference; on a GPU the frame level
-runs in 16 bits, which is tried here on the CPU."""
+"""The frame and the global level as the op `inti` has them, in PyTorch and by the compiled module, against autograd of
+the reference; on a GPU the frame level runs in 16 bits, which is tried here on the CPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from op_subject import assert_same_bits
 from torch import Tensor
 
 from inti_kernels import InTI
-from inti_kernels.backends._class_levels import ClassLevels
+from inti_kernels.backends import _class_levels
+from inti_kernels.backends.cpu import class_levels
 from inti_kernels.reference import functional
 
-DIM, EPS = 12, (1e-5, 1e-3)
+pytestmark = pytest.mark.only_under_test("cpu")
+
+EPS = (1e-5, 1e-3)
+BOTH = pytest.mark.parametrize(
+    "kind", [_class_levels.ClassLevels, class_levels.ClassLevels], ids=["in PyTorch", "by the module"]
+)
 LEVELS = [(True, True), (True, False), (False, True)]
 
 
-def parameters(frames: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def parameters(frames: int, dtype: torch.dtype, dim: int = 12) -> tuple[list[Tensor], list[Tensor]]:
     """Of the frame level and of the global level, random."""
     torch.manual_seed(frames)
-    inti = InTI(DIM, frames, (1, 1))
+    inti = InTI(dim, frames, (1, 1))
     parts = [inti.frame_pair, inti.frame]
     frame = [p for part in parts for p in (part.norm.weight, part.norm.bias, part.linear.weight, part.linear.bias)]
     convolutions = [p for convolution in inti.global_convs for p in (convolution.weight, convolution.bias)]
@@ -33,55 +40,93 @@ def wanted(cls: Tensor, frame: list[Tensor] | None, convolutions: list[Tensor] |
     return [context, *torch.autograd.grad(context, leaves, grad.double())]
 
 
-def computed(cls: Tensor, frame: list[Tensor] | None, convolutions: list[Tensor] | None, grad: Tensor) -> list[Tensor]:
+def computed(
+    kind: type[_class_levels.ClassLevels],
+    cls: Tensor,
+    frame: list[Tensor] | None,
+    convolutions: list[Tensor] | None,
+    grad: Tensor,
+) -> list[Tensor]:
     with torch.no_grad():
-        levels = ClassLevels(frame, convolutions, EPS)
+        levels = kind(frame, convolutions, EPS)
         context = levels.forward(cls)
         of_cls, of_parameters = levels.backward(grad)
     return [context, of_cls, *of_parameters]
 
 
+@BOTH
 @pytest.mark.parametrize("which", LEVELS, ids=["both", "frame", "global"])
-@pytest.mark.parametrize("frames", [2, 4, 6, 10, 14])
-def test_levels_and_their_derivatives(frames: int, which: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize(
+    ("batch", "frames", "dim"), [(0, 4, 12), (1, 2, 6), (2, 4, 12), (3, 6, 12), (3, 10, 140), (2, 14, 140)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_levels_and_their_derivatives(
+    batch: int, frames: int, dim: int, dtype: torch.dtype, which: tuple[bool, bool], kind: type, backend: str
+) -> None:
     """Of 6, 10 and 14 frames a pooling leaves one without a neighbour."""
     frame, convolutions = (
-        level if has else None for level, has in zip(parameters(frames, torch.float64), which, strict=True)
+        level if has else None for level, has in zip(parameters(frames, dtype, dim), which, strict=True)
     )
-    cls, grad = torch.randn(2, frames, DIM).double(), torch.randn(2, frames // 2, DIM).double()
-    torch.testing.assert_close(
-        computed(cls, frame, convolutions, grad), wanted(cls, frame, convolutions, grad), rtol=1e-10, atol=1e-12
-    )
+    cls, grad = torch.randn(batch, frames, dim, dtype=dtype), torch.randn(batch, frames // 2, dim, dtype=dtype)
+    bound = {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    right = [tensor.to(dtype) for tensor in wanted(cls, frame, convolutions, grad)]
+    torch.testing.assert_close(computed(kind, cls, frame, convolutions, grad), right, **bound)
 
 
-def test_of_equal_neighbours_the_first_counts() -> None:
+@BOTH
+def test_of_equal_neighbours_the_first_counts(kind: type, backend: str) -> None:
     """Frames that are all the same, and convolutions that leave them so: nothing but ties."""
     _, convolutions = parameters(8, torch.float64)
     with torch.no_grad():
         for weight in convolutions[::2]:
             weight[:, :, ::2] = 0
-    cls, grad = torch.randn(1, 1, DIM).double().expand(2, 8, DIM), torch.randn(2, 4, DIM).double()
-    torch.testing.assert_close(computed(cls, None, convolutions, grad), wanted(cls, None, convolutions, grad))
+    cls, grad = torch.randn(1, 1, 12).double().expand(2, 8, 12), torch.randn(2, 4, 12).double()
+    torch.testing.assert_close(computed(kind, cls, None, convolutions, grad), wanted(cls, None, convolutions, grad))
 
 
+@BOTH
 @pytest.mark.parametrize("frame", range(4))
-def test_nan_comes_out_where_the_reference_has_it(frame: int) -> None:
+def test_nan_comes_out_where_the_reference_has_it(frame: int, kind: type, backend: str) -> None:
     _, convolutions = parameters(4, torch.float64)
-    cls, grad = torch.randn(2, 4, DIM).double(), torch.randn(2, 2, DIM).double()
+    cls, grad = torch.randn(2, 4, 12).double(), torch.randn(2, 2, 12).double()
     cls[0, frame, 3] = float("nan")
-    ours, right = (run(cls, None, convolutions, grad)[:2] for run in (computed, wanted))
+    ours, right = computed(kind, cls, None, convolutions, grad)[:2], wanted(cls, None, convolutions, grad)[:2]
     for a, b in zip(ours, right, strict=True):  # the context and its gradient
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_the_module_takes_parameters_of_any_strides(kernels: str) -> None:
+    frame, convolutions = parameters(6, torch.float64)
+    cls, grad = torch.randn(6, 2, 12).double().transpose(0, 1), torch.randn(3, 2, 12).double().transpose(0, 1)
+    spread = [
+        [torch.stack((p, p), dim=-1).detach()[..., 0].requires_grad_() for p in level]
+        for level in (frame, convolutions)
+    ]
+    assert not any(p.is_contiguous() for level in spread for p in level)
+    torch.testing.assert_close(
+        computed(class_levels.ClassLevels, cls, *spread, grad), wanted(cls, frame, convolutions, grad)
+    )
+
+
+def test_the_module_gives_the_same_bits_at_any_thread_count(kernels: str, threads: None) -> None:
+    frame, convolutions = parameters(10, torch.float32, 140)
+    cls, grad = torch.randn(3, 10, 140), torch.randn(3, 5, 140)
+    runs = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        runs.append(computed(class_levels.ClassLevels, cls, frame, convolutions, grad))
+    for run in runs[1:]:
+        assert_same_bits(run, runs[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_frame_level_in_16_bits_rounds_as_plain_pytorch_does(dtype: torch.dtype) -> None:
     """Beside tokens and a global level in float32, whose gradients are those of float32."""
     frame, convolutions = parameters(16, torch.float32)
-    cls, grad = torch.randn(8, 16, DIM), torch.randn(8, 8, DIM)
+    cls, grad = torch.randn(8, 16, 12), torch.randn(8, 8, 12)
     halves = [p.detach().to(dtype) for p in frame]
     right = wanted(cls, halves, convolutions, grad)
-    ours = computed(cls, halves, convolutions, grad)
+    ours = computed(_class_levels.ClassLevels, cls, halves, convolutions, grad)
     leaves = [cls.to(dtype).requires_grad_(), *(p.requires_grad_() for p in halves)]
     context = functional.frame_level(*leaves, eps=EPS)
     plain = torch.autograd.grad(context, leaves, grad.to(dtype))

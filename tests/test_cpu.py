@@ -15,7 +15,7 @@ from op_subject import Subject, assert_same_bits
 from torch import Tensor
 
 from inti_kernels import ops
-from inti_kernels.backends.cpu import _call, _products, interpolation_head, token_features
+from inti_kernels.backends.cpu import _call, _few_rows, _products, interpolation_head, token_features
 from inti_kernels.testing import assert_close_three_way, op_cases, three_way
 
 pytestmark = pytest.mark.only_under_test("cpu")
@@ -229,6 +229,47 @@ def test_a_product_of_what_is_no_ordinary_number(backend: str) -> None:
     a[7, 3], a[8, 4] = math.nan, math.inf
     _products.multiply(a, b, to, accumulate=False)
     assert_same_bits(to, a @ b)
+
+
+# --- Linears of a few rows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (15, 130, 70), (23, 64, 32), (8, 3, 65), (0, 5, 3), (3, 0, 5), (3, 5, 0)], ids=str
+)
+def test_a_linear_of_a_few_rows(
+    sizes: tuple[int, int, int], accumulate: bool, dtype: torch.dtype, backend: str
+) -> None:
+    """Of a weight and gradients that are columns of wider matrices, as the head's are."""
+    rows, width, out = sizes
+    torch.manual_seed(0)
+    x, bias, before = (torch.randn(*size, dtype=dtype) for size in ((rows, width), (out,), (out, width)))
+    weight, wide = torch.randn(out, width + 3, dtype=dtype)[:, 3:], torch.empty(out, width + 5, dtype=dtype)
+    grad_y = torch.randn(rows, 2, out, dtype=dtype)[:, 0]
+    bound = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+
+    y, kept = _few_rows.forward(x, weight, bias)
+    torch.testing.assert_close(y, (x.double() @ weight.double().t() + bias).to(dtype), **bound)
+
+    grad_x, grad_weight, grad_bias = torch.full_like(x, math.nan), wide[:, 2:-3], torch.full_like(bias, math.nan)
+    grad_weight.copy_(before if accumulate else torch.full_like(before, math.nan))
+    wide[:, :2], wide[:, -3:] = 7, 7
+    given = {"grad_weight": grad_weight, "accumulate": accumulate, "grad_bias": grad_bias}
+    _few_rows.backward(grad_y, kept, weight, grad_x=grad_x, **given)
+    of_weight = grad_y.double().t() @ x.double() + (before if accumulate else 0)
+    torch.testing.assert_close(grad_x, (grad_y.double() @ weight.double()).to(dtype), **bound)
+    torch.testing.assert_close(grad_weight, of_weight.to(dtype), **bound)
+    torch.testing.assert_close(grad_bias, grad_y.double().sum(0).to(dtype), **bound)
+    assert bool((wide[:, :2] == 7).all() and (wide[:, -3:] == 7).all())
+    # One of them alone.
+    alone = torch.full_like(x, math.nan)
+    _few_rows.backward(grad_y, kept, weight, grad_x=alone, grad_weight=None)
+    assert_same_bits(alone, grad_x)
+    alone = torch.full_like(before, math.nan) if not accumulate else before
+    _few_rows.backward(grad_y, kept, weight, grad_x=None, grad_weight=alone, accumulate=accumulate)
+    assert_same_bits(alone, grad_weight)
 
 
 def test_what_is_multiplied_in_what() -> None:

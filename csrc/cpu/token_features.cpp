@@ -4,6 +4,7 @@
 
 #include "gelu.h"
 #include "gemm.h"
+#include "layer_norm.h"
 
 namespace inti::INTI_ISA {
 namespace {
@@ -34,31 +35,6 @@ struct FrameOfTokens {
   }
 };
 
-template <class A>
-struct Statistics {
-  A mean, scale;  // scale: 1/σ
-};
-
-template <class T>
-Statistics<wide_t<T>> statistics_of(const FrameOfTokens<T>& frame, int64_t k, int64_t dim, double eps) {
-  using A = wide_t<T>;
-  // Two sums side by side hide the addition's latency.
-  Vec<A> sums[2] = {}, rests[2] = {}, squares[2] = {};
-  int64_t i = 0;
-  for_each_vector<T>(
-      dim, [&](int64_t c, auto load, auto) __attribute__((always_inline)) { sums[i++ & 1] += frame.at(k, c, load); });
-  const A mean = sum_lanes<A>(sums[0] + sums[1]) / A(dim);
-  for_each_vector<T>(dim, [&](int64_t c, auto load, auto) __attribute__((always_inline)) {
-    const Vec<A> off = inside<A>(load, frame.at(k, c, load) - mean);
-    rests[i & 1] += off;
-    squares[i++ & 1] += off * off;
-  });
-  // What is left of the sum without the mean is what its rounding has lost: much, where all channels are far from 0.
-  const A rest = sum_lanes<A>(rests[0] + rests[1]) / A(dim);
-  const A variance = sum_lanes<A>(squares[0] + squares[1]) / A(dim);
-  return {mean + rest, A(1 / __builtin_sqrt(double(variance) + eps))};
-}
-
 // Token k of a frame, normalised, to out [dim].
 template <class T, class P>
 void normalize_token(const TokenFeaturesNormalize& p, const FrameOfTokens<T>& frame, int64_t of_all, int64_t k,
@@ -69,7 +45,8 @@ void normalize_token(const TokenFeaturesNormalize& p, const FrameOfTokens<T>& fr
   const A* norm_bias = static_cast<const A*>(p.norm_bias);
   A* kept = static_cast<A*>(p.statistics) + 2 * (of_all * p.shape.tokens + k);
   if (!p.have_statistics) {
-    const Statistics<A> now = statistics_of(frame, k, dim, p.eps);
+    const Statistics<A> now = statistics_of<T>(
+        [&](int64_t c, const auto& load) __attribute__((always_inline)) { return frame.at(k, c, load); }, dim, p.eps);
     kept[0] = now.mean;
     kept[1] = now.scale;
   }

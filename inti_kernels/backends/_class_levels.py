@@ -15,81 +15,6 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-class ClassLevels:
-    """F_frame + F_global of class tokens [B, T, C]: the context [B, T/2, C] and, once it is computed, its gradients.
-
-    Tokens, context and the global level are in the wide dtype, whatever its parameters are in: sums of three products
-    gain nothing by 16 bits. The frame level is in the dtype of its parameters.
-
-    Args:
-        frame: the eight parameters of :func:`inti_kernels.reference.functional.frame_level`, or None without the level.
-        convolutions: the six of :func:`inti_kernels.reference.functional.global_level`, or None without it.
-        eps: of the frame level's two LayerNorms.
-    """
-
-    def __init__(
-        self, frame: Sequence[Tensor] | None, convolutions: Sequence[Tensor] | None, eps: Sequence[float]
-    ) -> None:
-        self.frames, self.pairs = (None, None) if frame is None else (_Layer(*frame[:4]), _Layer(*frame[4:]))
-        steps = () if convolutions is None else (0, 2, 4)
-        self.convolutions = [_Convolution(*convolutions[i : i + 2]) for i in steps]
-        self.eps = eps
-
-    def forward(self, cls: Tensor) -> Tensor | None:
-        """The context, or None with neither level."""
-        context = None
-        if self.frames is not None:
-            halves = self.frames.forward(cls.to(self.frames.weight.dtype), self.eps[0])
-            pairs = halves.reshape(len(cls), cls.shape[1] // 2, 2 * halves.shape[2])
-            context = self.pairs.forward(pairs, self.eps[1]).to(cls.dtype)
-        if not self.convolutions:
-            return context
-        first, second, third = self.convolutions
-        self.pools = []
-        clip = self._pool(first.forward(cls))
-        clip = third.forward(self._pool(second.forward(clip)))
-        self.steps, self.mean = clip.shape[1], clip.mean(1)  # [B, C]
-        of_clip = _gelu(self.mean)[:, None]
-        return of_clip.expand(-1, cls.shape[1] // 2, -1) if context is None else context + of_clip
-
-    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Of the context's gradient: that of the class tokens, and those of the parameters in order."""
-        grad_cls, grads = None, []
-        if self.frames is not None:
-            of_pairs, grads_of_pairs = self.pairs.backward(grad.to(self.pairs.weight.dtype))
-            of_frames = of_pairs.reshape(*self.frames.x.shape[:2], of_pairs.shape[2] // 2)
-            grad_cls, grads = self.frames.backward(of_frames)
-            grad_cls, grads = grad_cls.to(grad.dtype), grads + grads_of_pairs
-        if not self.convolutions:
-            return grad_cls, grads
-        first, second, third = self.convolutions
-        of_clip = _gelu_backward(grad.sum(1), self.mean)[:, None] / self.steps
-        of_clip, of_third = third.backward(of_clip.expand(-1, self.steps, -1))
-        of_clip, of_second = second.backward(self._pool_backward(of_clip))
-        of_clip, of_first = first.backward(self._pool_backward(of_clip))
-        return of_clip if grad_cls is None else grad_cls + of_clip, [*grads, *of_first, *of_second, *of_third]
-
-    def _pool(self, clip: Tensor) -> Tensor:
-        """The larger of two neighbours, the first of equal ones; GELU. A last frame without a neighbour stays."""
-        pairs = clip.shape[1] // 2
-        first, second = clip[:, : 2 * pairs : 2], clip[:, 1::2]
-        pooled = torch.maximum(first, second)
-        if clip.shape[1] > 2 * pairs:
-            pooled = torch.cat((pooled, clip[:, -1:]), dim=1)
-        self.pools.append((clip, pooled))
-        return _gelu(pooled)
-
-    def _pool_backward(self, grad: Tensor) -> Tensor:
-        clip, pooled = self.pools.pop()
-        grad, pairs = _gelu_backward(grad, pooled), clip.shape[1] // 2
-        first, second = clip[:, : 2 * pairs : 2], clip[:, 1::2]
-        is_second = (second > first) | second.isnan()
-        of_pairs, rest = grad[:, :pairs], grad[:, pairs:]
-        of_two = (torch.where(is_second, 0, of_pairs), torch.where(is_second, of_pairs, 0))
-        of_clip = torch.stack(of_two, dim=2).flatten(1, 2)
-        return torch.cat((of_clip, rest), dim=1) if rest.shape[1] else of_clip
-
-
 # A tensor that isn't contiguous goes through PyTorch's own kernels, a contiguous one in float32 on the CPU through
 # oneDNN's, which take 50 µs to begin.
 
@@ -145,3 +70,96 @@ class _Convolution:
         of_clip[:, 1:].addcmul_(grad[:, :-1], taps[2])
         of_taps = (clip[:, :-1] * grad[:, 1:], clip * grad, clip[:, 1:] * grad[:, :-1])
         return of_clip, [torch.stack([term.sum((0, 1)) for term in of_taps], dim=-1)[:, None], grad.sum((0, 1))]
+
+
+class _GlobalLevel:
+    """Three convolutions in time with max pooling → GELU between them, the mean over the frames, GELU: [B, C]."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.convolutions = [_Convolution(*parameters[i : i + 2]) for i in (0, 2, 4)]
+
+    def forward(self, cls: Tensor, context: Tensor | None) -> Tensor:
+        """``context`` [B, T/2, C] with the level added; or the level, for every pair of frames, without one."""
+        first, second, third = self.convolutions
+        self.pools = []
+        clip = self._pool(first.forward(cls))
+        clip = third.forward(self._pool(second.forward(clip)))
+        self.steps, self.mean = clip.shape[1], clip.mean(1)
+        of_clip = _gelu(self.mean)[:, None]
+        return of_clip.expand(-1, cls.shape[1] // 2, -1) if context is None else context + of_clip
+
+    def backward(self, grad: Tensor, grad_cls: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Of the context's gradient: that of the class tokens, added to ``grad_cls`` if there is one, and the
+        parameters'."""
+        first, second, third = self.convolutions
+        of_clip = _gelu_backward(grad.sum(1), self.mean)[:, None] / self.steps
+        of_clip, of_third = third.backward(of_clip.expand(-1, self.steps, -1))
+        of_clip, of_second = second.backward(self._pool_backward(of_clip))
+        of_clip, of_first = first.backward(self._pool_backward(of_clip))
+        return of_clip if grad_cls is None else grad_cls + of_clip, [*of_first, *of_second, *of_third]
+
+    def _pool(self, clip: Tensor) -> Tensor:
+        """The larger of two neighbours, the first of equal ones; GELU. A last frame without a neighbour stays."""
+        pairs = clip.shape[1] // 2
+        first, second = clip[:, : 2 * pairs : 2], clip[:, 1::2]
+        pooled = torch.maximum(first, second)
+        if clip.shape[1] > 2 * pairs:
+            pooled = torch.cat((pooled, clip[:, -1:]), dim=1)
+        self.pools.append((clip, pooled))
+        return _gelu(pooled)
+
+    def _pool_backward(self, grad: Tensor) -> Tensor:
+        clip, pooled = self.pools.pop()
+        grad, pairs = _gelu_backward(grad, pooled), clip.shape[1] // 2
+        first, second = clip[:, : 2 * pairs : 2], clip[:, 1::2]
+        is_second = (second > first) | second.isnan()
+        of_pairs, rest = grad[:, :pairs], grad[:, pairs:]
+        of_two = (torch.where(is_second, 0, of_pairs), torch.where(is_second, of_pairs, 0))
+        of_clip = torch.stack(of_two, dim=2).flatten(1, 2)
+        return torch.cat((of_clip, rest), dim=1) if rest.shape[1] else of_clip
+
+
+class ClassLevels:
+    """F_frame + F_global of class tokens [B, T, C]: the context [B, T/2, C] and, once it is computed, its gradients.
+
+    Tokens, context and the global level are in the wide dtype, whatever its parameters are in: sums of three products
+    gain nothing by 16 bits. The frame level is in the dtype of its parameters.
+
+    Args:
+        frame: the eight parameters of :func:`inti_kernels.reference.functional.frame_level`, or None without the level.
+        convolutions: the six of :func:`inti_kernels.reference.functional.global_level`, or None without it.
+        eps: of the frame level's two LayerNorms.
+    """
+
+    layer, global_level = _Layer, _GlobalLevel  # what computes them
+
+    def __init__(
+        self, frame: Sequence[Tensor] | None, convolutions: Sequence[Tensor] | None, eps: Sequence[float]
+    ) -> None:
+        self.of_frames, self.of_pairs = (
+            (None, None) if frame is None else (self.layer(*frame[:4]), self.layer(*frame[4:]))
+        )
+        self.of_clip = None if convolutions is None else self.global_level(convolutions)
+        self.eps = eps
+
+    def forward(self, cls: Tensor) -> Tensor | None:
+        """The context, or None with neither level."""
+        context = None
+        if self.of_frames is not None:
+            halves = self.of_frames.forward(cls.to(self.of_frames.weight.dtype), self.eps[0])
+            pairs = halves.reshape(len(cls), cls.shape[1] // 2, 2 * halves.shape[2])
+            context = self.of_pairs.forward(pairs, self.eps[1]).to(cls.dtype)
+        return context if self.of_clip is None else self.of_clip.forward(cls, context)
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of the context's gradient: that of the class tokens, and those of the parameters in order."""
+        grad_cls, grads = None, []
+        if self.of_frames is not None:
+            of_pairs, grads_of_pairs = self.of_pairs.backward(grad.to(self.of_pairs.weight.dtype))
+            of_frames = of_pairs.reshape(len(grad), 2 * grad.shape[1], of_pairs.shape[2] // 2)
+            grad_cls, grads = self.of_frames.backward(of_frames)
+            grad_cls, grads = grad_cls.to(grad.dtype), grads + grads_of_pairs
+        if self.of_clip is None:
+            return grad_cls, grads
+        grad_cls, of_clip = self.of_clip.backward(grad, grad_cls)
+        return grad_cls, [*grads, *of_clip]

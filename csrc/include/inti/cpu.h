@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "inti/depthwise_conv3d.h"
+#include "inti/few_rows.h"
+#include "inti/global_level.h"
 #include "inti/interpolation_head.h"
 #include "inti/pair_interpolate.h"
 #include "inti/product.h"
@@ -26,6 +28,10 @@ struct CpuKernels {
   void (*interpolation_head_forward)(const InterpolationHeadForward&);
   void (*interpolation_head_network)(const InterpolationHeadNetwork&);
   void (*interpolation_head_backward)(const InterpolationHeadBackward&);
+  void (*few_rows_forward)(const FewRowsForward&);
+  void (*few_rows_backward)(const FewRowsBackward&);
+  void (*global_level_forward)(const GlobalLevelForward&);
+  void (*global_level_backward)(const GlobalLevelBackward&);
   void (*partial_sums)(const PartialSums&);
   void (*product)(const Product&);
 };

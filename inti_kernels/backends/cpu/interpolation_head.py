@@ -26,7 +26,7 @@ from .._arguments import (
     wide_dtype,
 )
 from .._memory import empty
-from . import _products
+from . import _few_rows, _products
 from ._call import add_up, call, chunks, largest
 from ._products import add_product, add_product_over_rows, product
 
@@ -180,15 +180,18 @@ def interpolation_head_backward(
         of_all = add_up(sums[None])[0]  # [2, h]
     grad_frame_context = None
     if frame_context is not None and (needs[2] or needs[4]):
-        of_context = weight1[:, width:].to(wide)
+        rows = frame_context.to(wide).flatten(0, 1).contiguous()
+        grad_rows = empty(rows.shape, rows) if needs[2] else None
+        _few_rows.backward(
+            sums[:, 0],
+            _few_rows.Kept(rows),
+            weight1[:, width:].to(wide),
+            grad_x=grad_rows,
+            grad_weight=grad_weight1[:, width:] if needs[4] else None,
+            accumulate=cube is not None,
+        )
         if needs[2]:
-            grad_frame_context = (sums[:, 0] @ of_context).to(frame_context.dtype).view(frame_context.shape)
-        if needs[4]:
-            term = sums[:, 0].t() @ frame_context.flatten(0, 1).to(wide)
-            if cube is None:
-                grad_weight1[:, width:] = term
-            else:
-                grad_weight1[:, width:] += term
+            grad_frame_context = grad_rows.to(frame_context.dtype).view(frame_context.shape)
     total = grad_difference.sum()
     grad_position = None
     if needs[8]:
@@ -231,8 +234,8 @@ class _FirstLinear:
         self.frame_bias = in_wide_dtype(bias1, features)
         if frame_context is not None:
             wide = wide_dtype(features)
-            of_context = weight1[:, width:].to(wide).t()
-            self.frame_bias = torch.addmm(self.frame_bias, frame_context.flatten(0, 1).to(wide), of_context)
+            rows = frame_context.to(wide).flatten(0, 1).contiguous()
+            self.frame_bias, _ = _few_rows.forward(rows, weight1[:, width:].to(wide), self.frame_bias)
 
     def bias_of_frames(self) -> dict[str, object]:
         """``frame_bias`` as the compiled module takes it."""
