@@ -131,12 +131,12 @@ MUTANTS = {
         "csrc/cpu/few_rows.cpp",
         ("the last outputs are left out", "(count + size - 1) / size", "count / size"),
         ("single rows are left out", "if constexpr (N > 1)", "if constexpr (N > 2)"),
-        ("a later strip overwrites what the first has summed", "n0 > 0 ? load(to + r * s.in + c) + sums[r] : sums[r]", "sums[r]"),
+        ("later lines overwrite what the first have summed", "load(to + r * s.in + c) + sums[r]);", "sums[r]);"),
         ("the gradient goes past the GELU", "kept ? v * gelu<A>(load(kept + c)).slope : v", "v"),
-        ("the weight's gradient is overwritten", "if (p.accumulate)", "if (false)"),
+        ("the weight's gradient is overwritten", "p.accumulate ? load(at) + sums[j] : sums[j]", "sums[j]"),
         ("the mean of g·y is forgotten", "(g - mean_g - y * mean_gy)", "(g - mean_g)"),
         ("the norm's bias sums what its weight does", "of_bias += grad;", "of_bias += of_weight;"),
-        ("without outputs nothing is written", "if (grad_input && s.out == 0)", "if (false)"),
+        ("the sums start as what is there", "grad_input[row * s.in + c] = 0;", "grad_input[row * s.in + c] *= 1;"),
     )
     + _mutants(
         "csrc/cpu/global_level.cpp",

@@ -7,8 +7,9 @@
 namespace inti::INTI_ISA {
 namespace {
 
-constexpr int64_t kOutputs = 32;  // of a task, and what a strip of the weight is read in
-constexpr int64_t kInputs = 64;   // of a task in the backward: a strip of the weight stays in the first cache
+constexpr int64_t kOutputs = 32;  // of a task
+constexpr int64_t kInputs = 128;  // of a task: the weight is read in strips of so many columns,
+constexpr int64_t kLines = 8;     // so many lines at a time, which stay in the first cache at any pitch
 
 template <int N>
 struct Count {
@@ -104,56 +105,57 @@ void activation_backward(const FewRowsBackward& p) {
   });
 }
 
-// The gradients of the Linear's input, to grad_input, and of its weight: a strip of both matrices in one go.
+// The gradient of what the Linear took.
 template <class A>
 void linear_backward(const FewRowsBackward& p, A* grad_input) {
   const FewRowsShape& s = p.shape;
   const A* grad = static_cast<const A*>(p.grad_preactivation);
   for_each_part(s.in, kInputs, s.threads, [&](int64_t begin, int64_t end) {
     const A* weight = static_cast<const A*>(p.weight) + begin;
-    for (int64_t n0 = 0; n0 < s.out; n0 += kOutputs) {
-      const int64_t n1 = n0 + kOutputs < s.out ? n0 + kOutputs : s.out;
-      if (grad_input) {
-        // The processor doesn't guess the next rows of a strip.
-        for (int64_t n = n1; n < n1 + kOutputs && n < s.out; ++n)
-          for (int64_t c = 0; c < end - begin; c += 64 / int64_t(sizeof(A)))
-            __builtin_prefetch(weight + n * p.weight_pitch + c);
-        for_each_rows(0, s.rows, [&](auto count, int64_t row) __attribute__((always_inline)) {
-          constexpr int kRows = decltype(count)::value;
-          A* to = grad_input + row * s.in + begin;
-          for_each_vector<A>(end - begin, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-            Vec<A> sums[kRows] = {};  // a sum of a strip's sums rounds less than one long sum
-            for (int64_t n = n0; n < n1; ++n) {
-              const Vec<A> w = load(weight + n * p.weight_pitch + c);
-              for (int r = 0; r < kRows; ++r) sums[r] += grad[n * s.rows + row + r] * w;
-            }
-            for (int r = 0; r < kRows; ++r)
-              store(to + r * s.in + c, n0 > 0 ? load(to + r * s.in + c) + sums[r] : sums[r]);
-          });
+    for (int64_t row = 0; row < s.rows; ++row)
+      for (int64_t c = begin; c < end; ++c) grad_input[row * s.in + c] = 0;
+    for (int64_t n0 = 0; n0 < s.out; n0 += kLines) {
+      const int64_t n1 = n0 + kLines < s.out ? n0 + kLines : s.out;
+      // The processor doesn't guess the next lines of a strip.
+      for (int64_t n = n1; n < n1 + kLines && n < s.out; ++n)
+        for (int64_t c = 0; c < end - begin; c += 64 / int64_t(sizeof(A)))
+          __builtin_prefetch(weight + n * p.weight_pitch + c);
+      for_each_rows(0, s.rows, [&](auto count, int64_t row) __attribute__((always_inline)) {
+        constexpr int kRows = decltype(count)::value;
+        A* to = grad_input + row * s.in + begin;
+        for_each_vector<A>(end - begin, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+          Vec<A> sums[kRows] = {};  // a sum of such sums rounds less than one long sum
+          for (int64_t n = n0; n < n1; ++n) {
+            const Vec<A> w = load(weight + n * p.weight_pitch + c);
+            for (int r = 0; r < kRows; ++r) sums[r] += grad[n * s.rows + row + r] * w;
+          }
+          for (int r = 0; r < kRows; ++r) store(to + r * s.in + c, load(to + r * s.in + c) + sums[r]);
         });
-      }
-      if (p.grad_weight) {
-        for_each_rows(n0, n1, [&](auto count, int64_t n) __attribute__((always_inline)) {
-          constexpr int kRows = decltype(count)::value;
-          const A* input = static_cast<const A*>(p.linear_input) + begin;
-          A* to = static_cast<A*>(p.grad_weight) + n * p.grad_weight_pitch + begin;
-          for_each_vector<A>(end - begin, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-            Vec<A> sums[kRows] = {};
-            if (p.accumulate)
-              for (int j = 0; j < kRows; ++j) sums[j] = load(to + j * p.grad_weight_pitch + c);
-            for (int64_t row = 0; row < s.rows; ++row) {
-              const Vec<A> v = load(input + row * s.in + c);
-              for (int j = 0; j < kRows; ++j) sums[j] += grad[(n + j) * s.rows + row] * v;
-            }
-            for (int j = 0; j < kRows; ++j) store(to + j * p.grad_weight_pitch + c, sums[j]);
-          });
-        });
-      }
+      });
     }
-    // Without outputs nothing has written it.
-    if (grad_input && s.out == 0)
-      for (int64_t row = 0; row < s.rows; ++row)
-        for (int64_t c = begin; c < end; ++c) grad_input[row * s.in + c] = 0;
+  });
+}
+
+template <class A>
+void weight_backward(const FewRowsBackward& p) {
+  const FewRowsShape& s = p.shape;
+  const A* grad = static_cast<const A*>(p.grad_preactivation);
+  for_each_part(s.out, kLines, s.threads, [&](int64_t begin, int64_t end) {
+    for_each_rows(begin, end, [&](auto count, int64_t n) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(count)::value;
+      A* to = static_cast<A*>(p.grad_weight) + n * p.grad_weight_pitch;
+      for_each_vector<A>(s.in, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+        Vec<A> sums[kRows] = {};
+        for (int64_t row = 0; row < s.rows; ++row) {
+          const Vec<A> v = load(static_cast<const A*>(p.linear_input) + row * s.in + c);
+          for (int j = 0; j < kRows; ++j) sums[j] += grad[(n + j) * s.rows + row] * v;
+        }
+        for (int j = 0; j < kRows; ++j) {
+          A* at = to + j * p.grad_weight_pitch + c;
+          store(at, p.accumulate ? load(at) + sums[j] : sums[j]);
+        }
+      });
+    });
   });
 }
 
@@ -203,7 +205,8 @@ void norm_backward(const FewRowsBackward& p) {
 template <class A>
 void backward(const FewRowsBackward& p) {
   activation_backward<A>(p);
-  linear_backward<A>(p, static_cast<A*>(p.norm_weight ? p.grad_normalized : p.grad_x));
+  if (void* grad_input = p.norm_weight ? p.grad_normalized : p.grad_x) linear_backward(p, static_cast<A*>(grad_input));
+  if (p.grad_weight) weight_backward<A>(p);
   if (p.norm_weight) norm_backward<A>(p);
 }
 
