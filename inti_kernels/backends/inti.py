@@ -2,8 +2,8 @@
 autocast on a GPU has kernels read converted tokens), and kept for the backward only what takes a product or a
 convolution to compute again.
 
-The frame and the global level work on B·T class tokens: plain PyTorch, on the CPU kernels of their own; run again in the
-backward.
+The frame and the global level work on B·T class tokens: plain PyTorch, and on the CPU kernels of their own; run
+again in the backward.
 """
 
 from __future__ import annotations
