@@ -95,6 +95,33 @@ def test_nan_comes_out_where_the_reference_has_it(frame: int, kind: type, backen
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@BOTH
+def test_a_pooling_takes_nan_wherever_it_stands(kind: type, backend: str) -> None:
+    """A tap that is NaN makes all frames NaN but the first, which has no neighbour before it."""
+    _, convolutions = parameters(2, torch.float64)
+    with torch.no_grad():
+        convolutions[0][3, 0, 0] = float("nan")
+    cls, grad = torch.randn(2, 2, 12).double(), torch.randn(2, 1, 12).double()
+    ours, right = computed(kind, cls, None, convolutions, grad)[:2], wanted(cls, None, convolutions, grad)[:2]
+    assert bool(right[0][:, :, 3].isnan().all())
+    torch.testing.assert_close(ours, right, equal_nan=True)
+
+
+@pytest.mark.parametrize("which", range(14))
+def test_the_module_refuses_shapes_that_do_not_go_together(which: int, kernels: str) -> None:
+    """An exported graph calls the op past the user's function and its checks."""
+    frame, convolutions = parameters(4, torch.float32)
+    (frame if which < 8 else convolutions)[which % 8] = [*frame, *convolutions][which].detach()[:-1]
+    with pytest.raises(ValueError, match="expected"):
+        computed(class_levels.ClassLevels, torch.randn(2, 4, 12), frame, convolutions, torch.randn(2, 2, 12))
+
+
+def test_the_module_refuses_an_odd_number_of_frames(kernels: str) -> None:
+    _, convolutions = parameters(4, torch.float32)
+    with pytest.raises(ValueError, match="expected"):
+        computed(class_levels.ClassLevels, torch.randn(2, 3, 12), None, convolutions, torch.randn(2, 1, 12))
+
+
 def test_the_module_takes_parameters_of_any_strides(kernels: str) -> None:
     frame, convolutions = parameters(6, torch.float64)
     cls, grad = torch.randn(6, 2, 12).double().transpose(0, 1), torch.randn(3, 2, 12).double().transpose(0, 1)
@@ -109,8 +136,8 @@ def test_the_module_takes_parameters_of_any_strides(kernels: str) -> None:
 
 
 def test_the_module_gives_the_same_bits_at_any_thread_count(kernels: str, threads: None) -> None:
-    frame, convolutions = parameters(10, torch.float32, 140)
-    cls, grad = torch.randn(3, 10, 140), torch.randn(3, 5, 140)
+    frame, convolutions = parameters(10, torch.float32, 1100)
+    cls, grad = torch.randn(3, 10, 1100), torch.randn(3, 5, 1100)
     runs = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

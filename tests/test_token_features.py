@@ -196,3 +196,13 @@ def test_bad_input() -> None:
     fails(TypeError, "must have the dtype of x, torch.float64, got torch.float32", x=x.double())
     with pytest.raises(RuntimeError, match="this is float8_e5m2.*reference: can run here"):
         ops.token_features(**{name: value.to(torch.float8_e5m2) for name, value in inputs.items()}, backend="cpu")
+
+
+def test_the_raw_op_refuses_half_a_pair(kernels: str) -> None:
+    """An exported graph calls the op past the user's function and its checks."""
+    case = SUBJECT.case()
+    case.inputs["x"] = case.inputs["x"][:, :-1]
+    if case.inputs["position"] is not None:
+        case.inputs["position"] = case.inputs["position"][:-1]
+    with pytest.raises((ValueError, RuntimeError), match="expected pairs of frames"):
+        torch.ops.inti_kernels.token_features(*SUBJECT.custom_op_args(case, kernels))

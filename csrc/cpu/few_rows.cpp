@@ -7,9 +7,10 @@
 namespace inti::INTI_ISA {
 namespace {
 
-constexpr int64_t kOutputs = 32;  // of a task
-constexpr int64_t kInputs = 128;  // of a task: the weight is read in strips of so many columns,
-constexpr int64_t kLines = 8;     // so many lines at a time, which stay in the first cache at any pitch
+constexpr int64_t kOutputs = 32;   // of a task in the forward
+constexpr int64_t kGradients = 8;  // of a task that writes the weight's gradient: outputs
+constexpr int64_t kInputs = 128;   // of a task that reads the weight by columns: it does so in strips of these,
+constexpr int64_t kLines = 8;      // so many lines at a time, which stay in the first cache at any pitch
 
 template <int N>
 struct Count {
@@ -140,7 +141,7 @@ template <class A>
 void weight_backward(const FewRowsBackward& p) {
   const FewRowsShape& s = p.shape;
   const A* grad = static_cast<const A*>(p.grad_preactivation);
-  for_each_part(s.out, kLines, s.threads, [&](int64_t begin, int64_t end) {
+  for_each_part(s.out, kGradients, s.threads, [&](int64_t begin, int64_t end) {
     for_each_rows(begin, end, [&](auto count, int64_t n) __attribute__((always_inline)) {
       constexpr int kRows = decltype(count)::value;
       A* to = static_cast<A*>(p.grad_weight) + n * p.grad_weight_pitch;
@@ -165,28 +166,26 @@ void norm_backward(const FewRowsBackward& p) {
   const int64_t dim = p.shape.in, rows = p.shape.rows;
   const A *x = static_cast<const A*>(p.x), *statistics = static_cast<const A*>(p.statistics);
   const A *norm_weight = static_cast<const A*>(p.norm_weight), *upstream = static_cast<const A*>(p.grad_normalized);
-  if (p.grad_x) {
-    parallel_for(rows, p.shape.threads, [&](int64_t row) {
-      const A mean = statistics[2 * row], scale = statistics[2 * row + 1];
-      Vec<A> of_g = {}, of_gy = {};
-      const auto at = [&](int64_t c, const auto& load, Vec<A>& g) __attribute__((always_inline)) {
-        g = load(upstream + row * dim + c) * load(norm_weight + c);
-        return (load(x + row * dim + c) - mean) * scale;
-      };
-      for_each_vector<A>(dim, [&](int64_t c, auto load, auto) __attribute__((always_inline)) {
-        Vec<A> g;
-        const Vec<A> y = at(c, load, g);
-        of_g += g;
-        of_gy += g * y;
-      });
-      const A mean_g = sum_lanes<A>(of_g) / A(dim), mean_gy = sum_lanes<A>(of_gy) / A(dim);
-      for_each_vector<A>(dim, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-        Vec<A> g;
-        const Vec<A> y = at(c, load, g);
-        store(static_cast<A*>(p.grad_x) + row * dim + c, (g - mean_g - y * mean_gy) * scale);
-      });
+  parallel_for(rows, p.shape.threads, [&](int64_t row) {
+    const A mean = statistics[2 * row], scale = statistics[2 * row + 1];
+    Vec<A> of_g = {}, of_gy = {};
+    const auto at = [&](int64_t c, const auto& load, Vec<A>& g) __attribute__((always_inline)) {
+      g = load(upstream + row * dim + c) * load(norm_weight + c);
+      return (load(x + row * dim + c) - mean) * scale;
+    };
+    for_each_vector<A>(dim, [&](int64_t c, auto load, auto) __attribute__((always_inline)) {
+      Vec<A> g;
+      const Vec<A> y = at(c, load, g);
+      of_g += g;
+      of_gy += g * y;
     });
-  }
+    const A mean_g = sum_lanes<A>(of_g) / A(dim), mean_gy = sum_lanes<A>(of_gy) / A(dim);
+    for_each_vector<A>(dim, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
+      Vec<A> g;
+      const Vec<A> y = at(c, load, g);
+      store(static_cast<A*>(p.grad_x) + row * dim + c, (g - mean_g - y * mean_gy) * scale);
+    });
+  });
   for_each_part(dim, kInputs, p.shape.threads, [&](int64_t begin, int64_t end) {
     for_each_vector<A>(end - begin, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
       const int64_t c = begin + i;

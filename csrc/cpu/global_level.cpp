@@ -164,7 +164,7 @@ void forward(const GlobalLevelForward& p) {
           const A* x = static_cast<const A*>(p.x) + batch * s.frames * s.dim + c;
           for (int64_t t = 0; t < s.frames; ++t) clip.x[0].set(t, load(x + t * s.dim));
           const Vec<A> level = gelu<A>(clip.mean(convolutions)).value;
-          A* to = static_cast<A*>(p.context) + batch * s.frames / 2 * s.dim + c;
+          A* to = static_cast<A*>(p.context) + batch * (s.frames / 2) * s.dim + c;
           for (int64_t t = 0; t < s.frames / 2; ++t, to += s.dim) store(to, p.accumulate ? load(to) + level : level);
         }
       });
@@ -181,7 +181,7 @@ void backward(const GlobalLevelBackward& p) {
           const A* x = static_cast<const A*>(p.x) + batch * s.frames * s.dim + c;
           for (int64_t t = 0; t < s.frames; ++t) clip.x[0].set(t, load(x + t * s.dim));
           const Vec<A> mean = clip.mean(convolutions);
-          const A* upstream = static_cast<const A*>(p.grad_context) + batch * s.frames / 2 * s.dim + c;
+          const A* upstream = static_cast<const A*>(p.grad_context) + batch * (s.frames / 2) * s.dim + c;
           Vec<A> sum = {};
           for (int64_t t = 0; t < s.frames / 2; ++t) sum += load(upstream + t * s.dim);
           clip.backward(sum * gelu<A>(mean).slope, convolutions, of);

@@ -68,6 +68,8 @@ def expect_token_features(
 ) -> None:
     """`expect` for token_features; the tokens and their LayerNorm may be of another dtype than the Linear."""
     _, frames, _, dim = x.shape
+    if frames % 2:
+        raise ValueError(f"expected pairs of frames, got {frames} frames")
     width = weight.shape[0]
     expect(
         x,

@@ -79,7 +79,7 @@ class _GlobalLevel:
         self.convolutions = [_Convolution(*parameters[i : i + 2]) for i in (0, 2, 4)]
 
     def forward(self, cls: Tensor, context: Tensor | None) -> Tensor:
-        """``context`` [B, T/2, C] with the level added; or the level, for every pair of frames, without one."""
+        """``context`` [B, T/2, C] with the level added, perhaps in place; or the level, for every pair, without one."""
         first, second, third = self.convolutions
         self.pools = []
         clip = self._pool(first.forward(cls))
@@ -89,8 +89,8 @@ class _GlobalLevel:
         return of_clip.expand(-1, cls.shape[1] // 2, -1) if context is None else context + of_clip
 
     def backward(self, grad: Tensor, grad_cls: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Of the context's gradient: that of the class tokens, added to ``grad_cls`` if there is one, and the
-        parameters'."""
+        """Of the context's gradient: that of the class tokens, added to ``grad_cls`` (perhaps in place) if there is
+        one, and the parameters'."""
         first, second, third = self.convolutions
         of_clip = _gelu_backward(grad.sum(1), self.mean)[:, None] / self.steps
         of_clip, of_third = third.backward(of_clip.expand(-1, self.steps, -1))
@@ -136,30 +136,30 @@ class ClassLevels:
     def __init__(
         self, frame: Sequence[Tensor] | None, convolutions: Sequence[Tensor] | None, eps: Sequence[float]
     ) -> None:
-        self.of_frames, self.of_pairs = (
+        self.frame_layer, self.pair_layer = (
             (None, None) if frame is None else (self.layer(*frame[:4]), self.layer(*frame[4:]))
         )
-        self.of_clip = None if convolutions is None else self.global_level(convolutions)
+        self.clip_level = None if convolutions is None else self.global_level(convolutions)
         self.eps = eps
 
     def forward(self, cls: Tensor) -> Tensor | None:
         """The context, or None with neither level."""
         context = None
-        if self.of_frames is not None:
-            halves = self.of_frames.forward(cls.to(self.of_frames.weight.dtype), self.eps[0])
+        if self.frame_layer is not None:
+            halves = self.frame_layer.forward(cls.to(self.frame_layer.weight.dtype), self.eps[0])
             pairs = halves.reshape(len(cls), cls.shape[1] // 2, 2 * halves.shape[2])
-            context = self.of_pairs.forward(pairs, self.eps[1]).to(cls.dtype)
-        return context if self.of_clip is None else self.of_clip.forward(cls, context)
+            context = self.pair_layer.forward(pairs, self.eps[1]).to(cls.dtype)
+        return context if self.clip_level is None else self.clip_level.forward(cls, context)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Of the context's gradient: that of the class tokens, and those of the parameters in order."""
         grad_cls, grads = None, []
-        if self.of_frames is not None:
-            of_pairs, grads_of_pairs = self.of_pairs.backward(grad.to(self.of_pairs.weight.dtype))
+        if self.frame_layer is not None:
+            of_pairs, grads_of_pairs = self.pair_layer.backward(grad.to(self.pair_layer.weight.dtype))
             of_frames = of_pairs.reshape(len(grad), 2 * grad.shape[1], of_pairs.shape[2] // 2)
-            grad_cls, grads = self.of_frames.backward(of_frames)
+            grad_cls, grads = self.frame_layer.backward(of_frames)
             grad_cls, grads = grad_cls.to(grad.dtype), grads + grads_of_pairs
-        if self.of_clip is None:
+        if self.clip_level is None:
             return grad_cls, grads
-        grad_cls, of_clip = self.of_clip.backward(grad, grad_cls)
+        grad_cls, of_clip = self.clip_level.backward(grad, grad_cls)
         return grad_cls, [*grads, *of_clip]

@@ -232,10 +232,10 @@ class _Chain:
         float32 they cost nothing."""
         dtype = self.dtype if self.inputs.x.is_cuda else wide_dtype(self.inputs.x)
         frame, convolutions = self.inputs[FRAME], self.inputs[GLOBAL]
-        levels = ClassLevels
+        kind = ClassLevels
         if settle("inti", self.backend, self.inputs.x) == "cpu":
-            from .cpu.class_levels import ClassLevels as levels
-        return levels(
+            from .cpu.class_levels import ClassLevels as kind
+        return kind(
             None if frame[0] is None else [parameter.to(dtype) for parameter in frame],
             None if convolutions[0] is None else convolutions,
             self.sizes.eps[1:],

@@ -19,8 +19,8 @@ PLAIN_PARTS = {
     "token level": "the attention head takes frames one by one; adapters and hooks on the Linear want to be called; "
     "the backend is the reference",
     "cube level": "adapters and hooks on the convolution want to be called; the backend is the reference",
-    "frame level": "works on B·T class tokens only",
-    "global level": "works on B·T class tokens only",
+    "frame level": "works on B·T class tokens only; on the CPU the op inti has a kernel for it",
+    "global level": "works on B·T class tokens only; on the CPU the op inti has a kernel for it",
     "head": "the heads sigmoid and attention, and adapters and hooks on a Linear (all but the interpolation is plain); "
     "the backend is the reference",
     "sigmoid interpolation": "its weights don't sum to 1: pair_interpolate is another function",
@@ -79,8 +79,8 @@ class FusedInTI(InTI):
         return fused
 
     def plain_parts(self) -> list[str]:
-        """The parts of this module that are plain PyTorch where its ops are kernels (keys of PLAIN_PARTS); all that it
-        has, if its backend is the reference."""
+        """The parts of this module that are plain PyTorch where its ops are kernels (keys of PLAIN_PARTS, which says
+        where they aren't after all); all that it has, if its backend is the reference."""
         levels, plain = [f"{level} level" for level in self.context if level != "cube"], self._is_reference()
         if self._is_one_node() and not plain:
             return levels

@@ -38,7 +38,7 @@ struct FewRowsBackward {
   const void* linear_input;   // [rows, in]: what the Linear took
   const void* weight;
   int64_t weight_pitch;
-  void* grad_x;            // [rows, in], or null
+  void* grad_x;            // [rows, in], or null without a LayerNorm
   void* grad_norm_weight;  // [in], with a LayerNorm
   void* grad_norm_bias;    // [in], with a LayerNorm
   void* grad_weight;       // [out, in], rows grad_weight_pitch apart, or null

@@ -1,6 +1,7 @@
 """[LayerNorm →] Linear [→ GELU] of a few rows on the CPU: what is of a frame and not of a token.
 
-PyTorch's products pack the weight before they use it, which for eight rows takes longer than the product.
+PyTorch's products pack the weight before they use it, which for eight rows takes longer than the product. Of a thousand
+rows they take half as long as these; that is 1 % of what the tokens of so many frames take.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def forward(
 
     Args:
         x: [n, a], contiguous.
-        weight: [b, a], rows contiguous.
+        weight: [b, a], any strides.
         bias: [b], contiguous.
         norm: the LayerNorm's weight and bias [a], contiguous, or None without one.
         eps: of the LayerNorm.
@@ -91,9 +92,9 @@ def backward(
     Args:
         grad_y: [n, b], rows contiguous.
         kept: of :func:`forward`, with x and the rest as it had them.
-        weight: [b, a], rows contiguous.
+        weight: [b, a], any strides.
         norm_weight: the LayerNorm's [a], or None without one.
-        grad_x: [n, a], contiguous.
+        grad_x: [n, a], contiguous; None only without a LayerNorm.
         grad_norm: two of [a]; there if norm_weight is.
         grad_weight: [b, a], rows contiguous.
         accumulate: whether ``grad_weight`` is added to, not written.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _class_levels, native
-from .._arguments import name_of
+from .._arguments import expect, name_of
 from .._memory import empty
 from . import _few_rows
 from ._call import call
@@ -20,13 +20,15 @@ class _Layer:
         self.weight, self.bias = weight, bias.contiguous()
 
     def forward(self, x: Tensor, eps: float) -> Tensor:
+        out, width = self.weight.shape
+        expect(x, (x, (*x.shape[:2], width)), *((norm, (width,)) for norm in self.norm), (self.bias, (out,)))
         self.shape, rows = x.shape, x.flatten(0, 1).contiguous()
         y, self.kept = _few_rows.forward(rows, self.weight, self.bias, self.norm, eps, gelu=True)
         return y.view(*x.shape[:2], y.shape[1])
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         out, width = self.weight.shape
-        grad_x, *of_norm = (empty(shape, grad) for shape in (self.shape, (width,), (width,)))
+        grad_x, of_norm = empty(self.shape, grad), (empty((width,), grad), empty((width,), grad))
         grad_weight, grad_bias = empty((out, width), grad), empty((out,), grad)
         _few_rows.backward(
             grad.flatten(0, 1).contiguous(),
@@ -42,12 +44,18 @@ class _Layer:
 
 
 class _GlobalLevel:
+    """What is added to is added to in place: nobody else has it."""
+
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
 
     def forward(self, cls: Tensor, context: Tensor | None) -> Tensor:
+        batch, frames, dim = cls.shape
+        pairs = (batch, frames // 2, dim)
+        expect(cls, (cls, (batch, 2 * pairs[1], dim)), (context, pairs))
+        expect(cls, *((p, shape) for i, shape in enumerate([(dim, 1, 3), (dim,)]) for p in self.parameters[i::2]))
         self.cls = cls.contiguous()
-        to = empty((len(cls), cls.shape[1] // 2, cls.shape[2]), cls) if context is None else context
+        to = empty(pairs, cls) if context is None else context
         call("global_level_forward", **self._shared(), context=to, accumulate=context is not None)
         return to
 
@@ -60,19 +68,19 @@ class _GlobalLevel:
             grad_context=grad.contiguous(),
             grad_x=to,
             accumulate=grad_cls is not None,
-            grad_weights=[of.data_ptr() for of in grads[::2]],
-            grad_biases=[of.data_ptr() for of in grads[1::2]],
+            grad_weights=grads[::2],
+            grad_biases=grads[1::2],
         )
         return to, grads
 
     def _shared(self) -> dict[str, object]:
-        self.wide = [parameter.to(self.cls.dtype).contiguous() for parameter in self.parameters]
+        wide = [parameter.to(self.cls.dtype).contiguous() for parameter in self.parameters]
         return {
             "shape": tuple(self.cls.shape),
             "dtype": name_of(self.cls.dtype),
             "x": self.cls,
-            "weights": [weight.data_ptr() for weight in self.wide[::2]],
-            "biases": [bias.data_ptr() for bias in self.wide[1::2]],
+            "weights": wide[::2],
+            "biases": wide[1::2],
             "workspace": empty(
                 (native.load().global_level_workspace(self.cls.shape[1], torch.get_num_threads()),), self.cls
             ),
