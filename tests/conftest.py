@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
-from op_subject import EMULATED, INTERPRETED, UNDER_TEST
+from op_subject import EMULATED, INTERPRETED, UNDER_TEST, allocating
 
-from inti_kernels.backends import _arguments, _memory, cpu, cuda, native, triton
-from inti_kernels.ops import OPS
+from inti_kernels.backends import native
 
 # `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
 # finding what nobody thought of (HYPOTHESIS_PROFILE=full); `mutants` only wants to know whether something fails.
@@ -50,17 +48,7 @@ def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty_of_nan(shape, like, dtype=None):  # type: ignore[no-untyped-def]
         return torch.full(tuple(shape), float("nan"), dtype=dtype or like.dtype, device=like.device)
 
-    modules = [
-        _memory,
-        _arguments,
-        *(import_module(f"{cpu.__name__}.{name}") for name in ("_call", "_products", "_few_rows", "class_levels")),
-    ]
-    modules += [import_module(f"{cpu.__name__}.{op}") for op in OPS]
-    if INTERPRETED:
-        modules += [import_module(f"{triton.__name__}.{name}") for name in ("_launch", *OPS)]
-    if EMULATED:
-        modules += [import_module(f"{cuda.__name__}.{name}") for name in ("_launch", *OPS)]
-    for module in modules:
+    for module in allocating():
         monkeypatch.setattr(module, "empty", empty_of_nan)
 
 

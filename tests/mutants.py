@@ -222,7 +222,7 @@ MUTANTS = {
         ("one buffer instead of two", "(step % 2) * kBuffer", "0 * kBuffer"),
         ("a lane is left out of the warp's sum", "for (int distance = 16; distance > 0; distance /= 2) sum +=", "for (int distance = 8; distance > 0; distance /= 2) sum +="),
         ("the second frame has the first one's position", "odd_position = load_wide<V>(position + p.dim + channel);", "odd_position = load_wide<V>(position + channel);"),
-        ("a token that isn't there is written", "if (live[i]) store(to[i]", "if (true) store(to[i]"),
+        ("a token that isn't there is written", "first + i * kInterpolateWarps < p.tokens;", "first + i * kInterpolateWarps <= p.tokens;"),
         ("a token that isn't there has a gradient", "grad[i] = live[i] ? start_load<V>(from) : Loaded<T, V>{};", "grad[i] = start_load<V>(from);"),
         ("a tile's tokens are the next one's too", "if (last > p.tokens) last = p.tokens;", "last = p.tokens;"),
         ("the buffer is overwritten", "odd_grad[k] += old_odd[k];", ";"),

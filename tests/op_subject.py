@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inti_kernels import ops
+from inti_kernels import backends, ops
 from inti_kernels.testing import OpCase, op_cases
 
 # Triton's interpreter asks for the triton backend, naming the emulator for the cuda backend: conftest.py then has no
@@ -20,6 +22,16 @@ EMULATED = bool(os.environ.get("INTI_CUDA_LIBRARY")) and not INTERPRETED
 UNDER_TEST = "triton" if INTERPRETED else "cuda" if EMULATED else "cpu"
 
 SMALL = {"batch": 2, "frames": 4, "grid": (3, 2), "dim": 5, "prefix": 1}
+
+
+def allocating() -> list[ModuleType]:
+    """The modules that take outputs and workspaces from ``empty``: what is common, and those of the backend under test
+    and of the cpu backend."""
+    names = ["_memory", "_arguments", *(f"cpu.{name}" for name in ("_call", "_few_rows", "_products", "class_levels"))]
+    names += [f"cpu.{op}" for op in ops.OPS]
+    if UNDER_TEST != "cpu":
+        names += [f"{UNDER_TEST}.{name}" for name in ("_launch", *ops.OPS)]
+    return [import_module(f"{backends.__name__}.{name}") for name in names]
 
 
 @dataclass(frozen=True)
@@ -115,14 +127,16 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """The same numbers in other memory: strides and offsets that users' models have."""
     b, t, n, c = x.shape
-    wide = torch.full((b, t, n, c + 3), float("nan"), dtype=x.dtype)
+    wide, aligned = (torch.full((b, t, n, c + 3), float("nan"), dtype=x.dtype) for _ in range(2))
     wide[..., 2:-1] = x
+    aligned[..., :-3] = x
     sliced = torch.full((b, t, n + 2, c), float("nan"), dtype=x.dtype)
     sliced[:, :, 1:-1] = x
     return {
         "sequence first": x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
         "time first": x.transpose(0, 1).contiguous().transpose(0, 1),
         "an offset and a wider row": wide[..., 2:-1],
+        "a wider row": aligned[..., :-3],
         "a slice of the tokens": sliced[:, :, 1:-1],
         "channels not contiguous": x.transpose(2, 3).contiguous().transpose(2, 3),
     }
