@@ -6,6 +6,7 @@ INTI_CUDA_LIBRARY names the emulator, which asks for this file: INTI_CUDA_LIBRAR
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import op_suite
 import pytest
 import torch
-from op_subject import Subject, as_tuple, assert_same_bits, gradients
+from op_subject import Subject, allocating, as_tuple, assert_same_bits, gradients
 
 from inti_kernels import FusedInTI, InTI, backends, ops, reference
 from inti_kernels.__main__ import main
@@ -195,7 +196,7 @@ WIDE = {"dim": 16, "grid": (4, 9)}  # rows of 16 bytes, and strips of patches th
 CONVOLUTION = ("x", "weight", "bias", "position")
 
 
-@pytest.mark.parametrize(
+SUBJECTS = pytest.mark.parametrize(
     "subject",
     [
         Subject("pair_interpolate", ("x", "logits", "position"), WIDE, "cuda"),
@@ -208,8 +209,38 @@ CONVOLUTION = ("x", "weight", "bias", "position")
     ],
     ids=["pair_interpolate", "3x3x3 / 2", "3x3x3 / 1", "3x1x1 / 1", "token_features"],
 )
+
+
+@SUBJECTS
 def test_accumulates_sixteen_bytes_at_a_time(subject: Subject) -> None:
     op_suite.accumulates_into_a_buffer(subject)
+
+
+@SUBJECTS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [24, 21])
+def test_touches_nothing_past_an_end(
+    subject: Subject, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels that the last block of a row has no use for are not read either: they may be in no memory of ours."""
+    sector, behind = 32, []
+
+    def with_room(shape, like, dtype=None):  # type: ignore[no-untyped-def]
+        size, room = math.prod(shape), 1024
+        memory = torch.full((size + room,), float("nan"), dtype=dtype or like.dtype)
+        end = memory.data_ptr() + size * memory.itemsize
+        behind.append((memory, range(-(-end // sector), (end + room * memory.itemsize) // sector)))
+        return memory[:size].view(tuple(shape))
+
+    for module in allocating():
+        monkeypatch.setattr(module, "empty", with_room)
+    leaves, run = subject.leaves(dtype, dim=dim)
+    leaves = [with_room(leaf.shape, leaf).copy_(leaf.detach()).requires_grad_() for leaf in leaves]
+    with _traffic.emulated() as launches:
+        gradients(run, leaves)
+    touched = {at for launch in launches for at, _ in launch.touches()}
+    assert touched.intersection(range(leaves[0].data_ptr() // sector, behind[0][1].start))
+    assert not any(touched.intersection(room) for _, room in behind)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
