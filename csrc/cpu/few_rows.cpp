@@ -17,11 +17,11 @@ struct Count {
   static constexpr int value = N;
 };
 
-// Calls block(Count, row) for rows [0, rows), at most eight at a time: what is loaded for them is used for each.
+// Calls block(Count, row) for rows [begin, end), at most eight at a time: what is loaded for them is used for each.
 template <int N = 8, class Block>
-INTI_INLINE void for_each_rows(int64_t first, int64_t rows, const Block& block) {
-  for (; first + N <= rows; first += N) block(Count<N>{}, first);
-  if constexpr (N > 1) for_each_rows<N / 2>(first, rows, block);
+INTI_INLINE void for_each_rows(int64_t begin, int64_t end, const Block& block) {
+  for (; begin + N <= end; begin += N) block(Count<N>{}, begin);
+  if constexpr (N > 1) for_each_rows<N / 2>(begin, end, block);
 }
 
 // Calls task(begin, end) for every part of [0, count).

@@ -228,8 +228,8 @@ class _Chain:
         return None if context is None else context.to(self.dtype)
 
     def class_levels(self) -> ClassLevels:
-        """The frame level's products on the CPU in the wide dtype too: 16-bit products of a few rows are slow there, in
-        float32 they cost nothing."""
+        """In the wide dtype on the CPU: PyTorch's 16-bit products of a few rows are slow there, and the compiled module
+        has none."""
         dtype = self.dtype if self.inputs.x.is_cuda else wide_dtype(self.inputs.x)
         frame, convolutions = self.inputs[FRAME], self.inputs[GLOBAL]
         kind = ClassLevels
