@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, register_random, settings
 from op_subject import EMULATED, INTERPRETED, UNDER_TEST, allocating
 
 from inti_kernels.backends import native
@@ -21,6 +21,18 @@ settings.register_profile(
     "mutants", max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+class TorchRandom:
+    """PyTorch's generator as Hypothesis wants one: seeded for each example, put back afterwards."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # Hypothesis holds a weak reference
+register_random(TORCH_RANDOM)
 
 
 collect_ignore = [
@@ -39,6 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
     items[:] = filter(belongs, items)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    """What a test draws without a generator of its own is the same in every run, alone or among others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

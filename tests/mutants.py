@@ -243,7 +243,8 @@ MUTANTS = {
         ("the last partial sums are dropped", "for (; k < p.rows; k += groups, at += step) sums[0]", "for (; k < p.rows - 1; k += groups, at += step) sums[0]"),
         ("a run's columns are the next one's", "column / p.run * p.run_pitch + column % p.run", "column"),
         ("a sum that goes on is a sum of its own", "    while (p.sums[which].goes_on) ++which;\n", ""),
-        ("few columns are summed by a warp alone", "for (int n = 0; n < groups; ++n) sum += load(shared", "for (int n = 0; n < 8; ++n) sum += load(shared"),
+        ("few columns are summed by a warp alone", "for (int half = groups / 2; half > 0", "for (int half = groups < 8 ? groups / 2 : 4; half > 0"),
+        ("a missing barrier: sums are added up before they are there", "    __syncthreads();\n    if (group < half)", "    if (group < half)"),
     ),
     "cuda depthwise_conv3d": _mutants(
         "csrc/cuda/depthwise_conv3d_tile.h",

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from inti_kernels import testing
 from inti_kernels.testing import assert_close_three_way, compare
@@ -220,6 +222,17 @@ def test_op_cases_are_seeded_and_the_same_numbers_in_every_dtype():
         assert not torch.equal(tensor, other.inputs[name])
     with pytest.raises(ValueError, match="must be an op"):
         testing.op_cases("pair", **SIZES)
+
+
+def test_unseeded_numbers_are_the_same_in_every_run():
+    """Of numbers drawn anew in every run, one draw in a thousand breaks a bound by luck, on someone else's machine."""
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+
+
+@given(st.integers(1, 3))
+def test_unseeded_numbers_are_the_same_in_every_example(count):
+    """A failing example fails again when Hypothesis makes it smaller."""
+    assert torch.equal(torch.rand(count), torch.rand(count, generator=torch.Generator().manual_seed(0)))
 
 
 def test_small_tensors_get_more_draws():

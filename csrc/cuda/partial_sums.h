@@ -51,14 +51,18 @@ __global__ void __launch_bounds__(kSumThreads, 4) partial_sums_kernel(const Part
     for (int next = which; p.sums[next].goes_on; ++next) add_partials(p.sums[next + 1], column, group, groups, sums);
   }
   const Shared<W> shared = dynamic_shared<W>(0);  // [groups, lanes]
-  store(shared + threadIdx.x, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  __syncthreads();
-  if (group == 0 && column < columns) {
-    W sum = 0;
-#pragma unroll 8
-    for (int n = 0; n < groups; ++n) sum += load(shared + n * lanes + lane);
-    write(p.sums[which].to, p.sums[which].dtype, column, p.sums[which].negated ? -sum : sum);
+  W sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  store(shared + threadIdx.x, sum);
+  // Halves onto halves: a chain of 256, which a lone column would be, is slower and rounds more than PyTorch's sum does.
+  for (int half = groups / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (group < half) {
+      sum += load(shared + threadIdx.x + half * lanes);
+      store(shared + threadIdx.x, sum);
+    }
   }
+  if (group == 0 && column < columns)
+    write(p.sums[which].to, p.sums[which].dtype, column, p.sums[which].negated ? -sum : sum);
 }
 
 // --- Host ------------------------------------------------------------------------------------------------------------
