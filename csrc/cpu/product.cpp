@@ -6,9 +6,10 @@
 namespace inti::INTI_ISA {
 
 void product(const Product& p) {
-  for (int64_t k = 0; k < p.depth; k += kProductDepth) {
+  const int64_t part = parts_of(p.depth, parts_of(p.depth, kProductDepth));
+  for (int64_t k = 0; k < p.depth; k += part) {
     const bool add = p.accumulate || k > 0;
-    const int64_t depth = least(kProductDepth, p.depth - k);
+    const int64_t depth = least(part, p.depth - k);
     const Lines a{p.a + k * p.a_strides[1], p.a_strides[0], p.a_strides[1], p.rows, depth};
     const Lines b{p.b + k * p.b_strides[0], p.b_strides[1], p.b_strides[0], p.columns, depth};
     gemm(

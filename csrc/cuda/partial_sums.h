@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kSumThreads, 4) partial_sums_kernel(const Part
   const Shared<W> shared = dynamic_shared<W>(0);  // [groups, lanes]
   W sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   store(shared + threadIdx.x, sum);
-  // Halves onto halves: a chain of 256, which a lone column would be, is slower and rounds more than PyTorch's sum does.
+  // Halves onto halves: a chain of 256, which a lone column would be, is slower and rounds more than PyTorch's sum
+  // does.
   for (int half = groups / 2; half > 0; half /= 2) {
     __syncthreads();
     if (group < half) {

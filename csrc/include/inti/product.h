@@ -21,8 +21,8 @@ struct Product {
 };
 
 // A longer product is a sum of products: else a block of rows that stays in the second cache would have too few of
-// them.
-constexpr int64_t kProductDepth = 800;
+// them. The result is read and written again for each, which makes two of 800 terms 6 % slower than one of 1600.
+constexpr int64_t kProductDepth = 1600;
 
 // A thread packs as many rows of the first operand at once as make about this many numbers: half of the second cache,
 // where that has 512 KB.
