@@ -133,9 +133,12 @@ MUTANTS = {
         ("single rows are left out", "if constexpr (N > 1)", "if constexpr (N > 2)"),
         ("later lines overwrite what the first have summed", "load(to + r * s.in + c) + sums[r]);", "sums[r]);"),
         ("the gradient goes past the GELU", "kept ? v * gelu<A>(load(kept + c)).slope : v", "v"),
-        ("the weight's gradient is overwritten", "p.accumulate ? load(at) + sums[j] : sums[j]", "sums[j]"),
+        ("the weight's gradient is overwritten", "add = p.accumulate || row > 0", "add = row > 0"),
+        ("later rows overwrite what the first have summed", "add = p.accumulate || row > 0", "add = p.accumulate"),
+        ("a bias's gradient is one long sum", "double sum = 0;", "A sum = 0;"),
+        ("a weight's gradient is one long sum", "kTerms = 32;", "kTerms = 1 << 20;"),
         ("the mean of g·y is forgotten", "(g - mean_g - y * mean_gy)", "(g - mean_g)"),
-        ("the norm's bias sums what its weight does", "of_bias += grad;", "of_bias += of_weight;"),
+        ("the norm's bias sums what its weight does", "terms_of_bias += grad;", "terms_of_bias += terms_of_weight;"),
         ("the sums start as what is there", "grad_input[row * s.in + c] = 0;", "grad_input[row * s.in + c] *= 1;"),
     )
     + _mutants(

@@ -287,23 +287,29 @@ def the_raw_op_reads_no_wrong_memory(subject: Subject) -> None:
 
 
 def nothing_is_written_past_an_end(subject: Subject) -> None:
-    """What lies behind each output and workspace is as it was."""
-    behind = []
+    """What lies before and behind each output and workspace is as it was: a number, since what a kernel computes of
+    what it shouldn't have read may well be NaN."""
+    around = []
 
     def guarded(shape, like, dtype=None):  # type: ignore[no-untyped-def]
         size = math.prod(shape)
-        memory = torch.full((size + 1024,), float("nan"), dtype=dtype or like.dtype, device=like.device)
-        behind.append(memory[size:])
-        return memory[:size].view(tuple(shape))
+        memory = torch.full((64 + size + 1024,), 7.0, dtype=dtype or like.dtype, device=like.device)
+        inside = memory[64 : 64 + size].fill_(float("nan"))
+        around.extend((memory[:64], memory[64 + size :]))
+        return inside.view(tuple(shape))
 
     with pytest.MonkeyPatch.context() as patch:
         for module in allocating():
             patch.setattr(module, "empty", guarded)
-        for dim in (8, 40):  # a row that one thread has, and one with an edge
-            leaves, run = subject.leaves(dim=dim)
+        for dtype, dim in (
+            (torch.float32, 8),
+            (torch.float32, 40),
+            (torch.float16, 40),
+        ):  # a thread's row; with an edge
+            leaves, run = subject.leaves(dtype, dim=dim)
             gradients(run, leaves)
-    assert behind
-    assert all(bool(memory.isnan().all()) for memory in behind)
+    assert around
+    assert all(bool((memory == 7).all()) for memory in around)
 
 
 def bad_input(subject: Subject) -> None:

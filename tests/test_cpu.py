@@ -142,19 +142,41 @@ def test_products_in_16_bits(subject: Subject, dtype: torch.dtype, backend: str,
     assert_close_three_way(three_way(subject.name, *case, backend=backend, draws=DRAWS))
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("context", [(), ("cube",), ("frame",)], ids=str)
 @pytest.mark.parametrize(("width", "hidden"), [(0, 5), (4, 0), (0, 0)])
 def test_a_head_whose_matrix_has_no_numbers(
-    width: int, hidden: int, backend: str, products_by_the_kernel: None
+    width: int, hidden: int, context: tuple[str, ...], by_kernel: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without features or a hidden layer the logits are those of the biases."""
+    """Without features or a hidden layer; forward alone, and what is kept for the backward."""
+    monkeypatch.setattr(_products, "by_kernel", lambda dtype: by_kernel)
     inputs = {
-        "features": (2, 3, 5, width), "cube": None, "frame_context": None, "x": (2, 6, 5, 7),
-        "weight1": (hidden, width), "bias1": (hidden,), "weight2": (2, hidden), "bias2": (2,), "position": None,
+        "features": (2, 3, 5, width), "cube": (2, 3, 5, 7) if "cube" in context else None,
+        "frame_context": (2, 3, 7) if "frame" in context else None, "x": (2, 6, 5, 7),
+        "weight1": (hidden, width + 7 * bool(context)), "bias1": (hidden,), "weight2": (2, hidden), "bias2": (2,),
+        "position": None,
     }  # fmt: skip
-    torch.manual_seed(0)
     inputs = {name: shape and torch.randn(shape) for name, shape in inputs.items()}
-    actual, expected = (ops.interpolation_head(**inputs, backend=name) for name in (backend, "reference"))
-    torch.testing.assert_close(actual, expected)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values() if tensor is not None]
+    results = []
+    for name in (backend, "reference"):
+        with torch.no_grad():
+            alone = ops.interpolation_head(**inputs, backend=name)
+        outputs = ops.interpolation_head(**inputs, backend=name)
+        results.append((*alone, *outputs, *torch.autograd.grad(outputs[0].square().sum(), leaves, allow_unused=True)))
+    torch.testing.assert_close(*([t for t in run if t is not None] for run in results))
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_a_token_level_without_features(by_kernel: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_products, "by_kernel", lambda dtype: by_kernel)
+    inputs, kwargs = TOKEN.case()
+    inputs |= {"weight": inputs["weight"][:0], "bias": inputs["bias"][:0]}
+    inputs = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    features = ops.token_features(**inputs, **kwargs, backend=backend)
+    assert features.shape == ops.token_features(**inputs, **kwargs, backend="reference").shape
+    for grad in torch.autograd.grad(features.sum(), list(inputs.values())):
+        assert not grad.any()
 
 
 @SUBJECTS

@@ -161,6 +161,16 @@ def test_sums(dtype: torch.dtype) -> None:
         torch.testing.assert_close(actual.double(), expected, rtol=eps, atol=100 * torch.finfo(wide).eps)
 
 
+def test_long_sums_of_one_sign_lose_as_little_as_pytorch() -> None:
+    """A bias of two numbers has one column of as many terms as there are pairs of tokens."""
+    partials, outputs = torch.full((4096, 1), 0.1), torch.empty(1)
+    with deferred_sums() as sums:
+        sums.add(partials, outputs)
+    torch.testing.assert_close(
+        outputs.double(), partials.double().sum(0), rtol=4 * torch.finfo(torch.float32).eps, atol=0
+    )
+
+
 def test_sums_of_one_position_are_one() -> None:
     position, other = torch.zeros(2, 40), torch.zeros(2, 40)
     parts = [torch.randn(rows, 2, 40) for rows in (3, 50, 1)]

@@ -59,6 +59,7 @@ KERNEL_CHECKS = (
 )
 RECIPE_CHECKS = (
     op_suite.only_what_is_needed,
+    op_suite.nothing_is_written_past_an_end,
     op_suite.opcheck,
     op_suite.compile_fullgraph,
     op_suite.inference_mode,
@@ -81,6 +82,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 )
 def test_recipe(check: Callable[[Subject], None]) -> None:
     check(SUBJECT)
+
+
+@pytest.mark.only_under_test("cpu")
+def test_a_batch_of_hundreds_of_clips(backend: str) -> None:
+    """The gradients of the class levels' parameters are sums over 4096 pairs of frames."""
+    case = SUBJECT.case(dim=24, frames=16, grid=(1, 1), batch=512)
+    assert_close_three_way(three_way(SUBJECT.name, *case, backend=backend, draws=1))
 
 
 @pytest.mark.only_under_test("cpu")

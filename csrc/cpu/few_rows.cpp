@@ -11,6 +11,8 @@ constexpr int64_t kOutputs = 32;   // of a task in the forward
 constexpr int64_t kGradients = 8;  // of a task that writes the weight's gradient: outputs
 constexpr int64_t kInputs = 128;   // of a task that reads the weight by columns: it does so in strips of these,
 constexpr int64_t kLines = 8;      // so many lines at a time, which stay in the first cache at any pitch
+constexpr int64_t kTerms = 32;     // rows that are added up in one go: sums of sums round less than one long sum,
+                                   // and sums in double of such sums as little as PyTorch's
 
 template <int N>
 struct Count {
@@ -99,9 +101,9 @@ void activation_backward(const FewRowsBackward& p) {
     }
     if (!p.grad_bias) return;
     for (int64_t n = 0; n < end - begin; ++n) {
-      A sum = 0;
+      double sum = 0;
       for (int64_t row = 0; row < s.rows; ++row) sum += grad[n * s.rows + row];
-      static_cast<A*>(p.grad_bias)[begin + n] = sum;
+      static_cast<A*>(p.grad_bias)[begin + n] = A(sum);
     }
   });
 }
@@ -146,15 +148,19 @@ void weight_backward(const FewRowsBackward& p) {
       constexpr int kRows = decltype(count)::value;
       A* to = static_cast<A*>(p.grad_weight) + n * p.grad_weight_pitch;
       for_each_vector<A>(s.in, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-        Vec<A> sums[kRows] = {};
-        for (int64_t row = 0; row < s.rows; ++row) {
-          const Vec<A> v = load(static_cast<const A*>(p.linear_input) + row * s.in + c);
-          for (int j = 0; j < kRows; ++j) sums[j] += grad[(n + j) * s.rows + row] * v;
-        }
-        for (int j = 0; j < kRows; ++j) {
-          A* at = to + j * p.grad_weight_pitch + c;
-          store(at, p.accumulate ? load(at) + sums[j] : sums[j]);
-        }
+        int64_t row = 0;
+        do {  // without rows too
+          Vec<A> sums[kRows] = {};
+          const bool add = p.accumulate || row > 0;
+          for (const int64_t last = row + kTerms < s.rows ? row + kTerms : s.rows; row < last; ++row) {
+            const Vec<A> v = load(static_cast<const A*>(p.linear_input) + row * s.in + c);
+            for (int j = 0; j < kRows; ++j) sums[j] += grad[(n + j) * s.rows + row] * v;
+          }
+          for (int j = 0; j < kRows; ++j) {
+            A* at = to + j * p.grad_weight_pitch + c;
+            store(at, add ? load(at) + sums[j] : sums[j]);
+          }
+        } while (row < s.rows);
       });
     });
   });
@@ -189,14 +195,19 @@ void norm_backward(const FewRowsBackward& p) {
   for_each_part(dim, kInputs, p.shape.threads, [&](int64_t begin, int64_t end) {
     for_each_vector<A>(end - begin, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
       const int64_t c = begin + i;
-      Vec<A> of_weight = {}, of_bias = {};
-      for (int64_t row = 0; row < rows; ++row) {
-        const Vec<A> grad = load(upstream + row * dim + c);
-        of_weight += grad * ((load(x + row * dim + c) - statistics[2 * row]) * statistics[2 * row + 1]);
-        of_bias += grad;
+      LongSum<A> of_weight, of_bias;
+      for (int64_t row = 0; row < rows;) {
+        Vec<A> terms_of_weight = {}, terms_of_bias = {};
+        for (const int64_t last = row + kTerms < rows ? row + kTerms : rows; row < last; ++row) {
+          const Vec<A> grad = load(upstream + row * dim + c);
+          terms_of_weight += grad * ((load(x + row * dim + c) - statistics[2 * row]) * statistics[2 * row + 1]);
+          terms_of_bias += grad;
+        }
+        of_weight.add(terms_of_weight);
+        of_bias.add(terms_of_bias);
       }
-      store(static_cast<A*>(p.grad_norm_weight) + c, of_weight);
-      store(static_cast<A*>(p.grad_norm_bias) + c, of_bias);
+      store(static_cast<A*>(p.grad_norm_weight) + c, of_weight.total());
+      store(static_cast<A*>(p.grad_norm_bias) + c, of_bias.total());
     });
   });
 }

@@ -176,7 +176,7 @@ void backward(const GlobalLevelBackward& p) {
   for_each_channels<A>(
       p, [&](int64_t c, int count, const auto* convolutions, auto load, auto store) __attribute__((always_inline)) {
         const Clip<A> clip(p.workspace, s.frames);
-        Vec<A> of[kGlobalConvolutions][4] = {};  // of three taps and the bias
+        LongSum<A> of[kGlobalConvolutions][4];  // of three taps and the bias
         for (int64_t batch = 0; batch < s.batch; ++batch) {
           const A* x = static_cast<const A*>(p.x) + batch * s.frames * s.dim + c;
           for (int64_t t = 0; t < s.frames; ++t) clip.x[0].set(t, load(x + t * s.dim));
@@ -184,15 +184,20 @@ void backward(const GlobalLevelBackward& p) {
           const A* upstream = static_cast<const A*>(p.grad_context) + batch * (s.frames / 2) * s.dim + c;
           Vec<A> sum = {};
           for (int64_t t = 0; t < s.frames / 2; ++t) sum += load(upstream + t * s.dim);
-          clip.backward(sum * gelu<A>(mean).slope, convolutions, of);
+          Vec<A> of_clip[kGlobalConvolutions][4] = {};
+          clip.backward(sum * gelu<A>(mean).slope, convolutions, of_clip);
+          for (int k = 0; k < kGlobalConvolutions; ++k)
+            for (int j = 0; j < 4; ++j) of[k][j].add(of_clip[k][j]);
           A* to = static_cast<A*>(p.grad_x) + batch * s.frames * s.dim + c;
           for (int64_t t = 0; t < s.frames; ++t, to += s.dim)
             store(to, p.accumulate ? load(to) + clip.grad_x[t] : clip.grad_x[t]);
         }
         for (int k = 0; k < kGlobalConvolutions; ++k) {
-          for (int tap = 0; tap < 3; ++tap)
-            for (int i = 0; i < count; ++i) static_cast<A*>(p.grad_weights[k])[(c + i) * 3 + tap] = of[k][tap][i];
-          store(static_cast<A*>(p.grad_biases[k]) + c, of[k][3]);
+          for (int tap = 0; tap < 3; ++tap) {
+            const Vec<A> total = of[k][tap].total();
+            for (int i = 0; i < count; ++i) static_cast<A*>(p.grad_weights[k])[(c + i) * 3 + tap] = total[i];
+          }
+          store(static_cast<A*>(p.grad_biases[k]) + c, of[k][3].total());
         }
       });
 }

@@ -25,6 +25,23 @@ INTI_INLINE void for_each_vector(int64_t dim, const Block& block) {
         [rest](auto* p, const Vec<A>& v) __attribute__((always_inline)) { store_first(p, v, rest); });
 }
 
+// A sum of a vector's lanes each, in double.
+template <class A>
+class LongSum {
+ public:
+  __attribute__((always_inline)) void add(const Vec<A>& terms) {
+    for (int i = 0; i < kLanes<A>; ++i) sums_[i] += terms[i];
+  }
+  __attribute__((always_inline)) Vec<A> total() const {
+    A lanes[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i) lanes[i] = A(sums_[i]);
+    return load(lanes);
+  }
+
+ private:
+  double sums_[kLanes<A>] = {};
+};
+
 // v with zeros in the lanes past the row's end, whatever they were; `load` is the one that the vector came with.
 template <class A, class Load>
 INTI_INLINE Vec<A> inside(const Load& load, const Vec<A>& v) {

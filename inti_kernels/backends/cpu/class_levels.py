@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _class_levels, native
-from .._arguments import expect, name_of
+from .._arguments import expect, expect_one_dtype, name_of
 from .._memory import empty
 from . import _few_rows
 from ._call import call
@@ -28,6 +28,8 @@ class _Layer:
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         out, width = self.weight.shape
+        expect(grad, (grad, (*self.shape[:2], out)))
+        expect_one_dtype(self.kept.x, grad)
         grad_x, of_norm = empty(self.shape, grad), (empty((width,), grad), empty((width,), grad))
         grad_weight, grad_bias = empty((out, width), grad), empty((out,), grad)
         _few_rows.backward(
@@ -60,6 +62,9 @@ class _GlobalLevel:
         return to
 
     def backward(self, grad: Tensor, grad_cls: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        batch, frames, dim = self.cls.shape
+        expect(grad, (grad, (batch, frames // 2, dim)), (grad_cls, self.cls.shape))
+        expect_one_dtype(self.cls, grad, grad_cls)
         to = empty(self.cls.shape, grad) if grad_cls is None else grad_cls
         grads = [empty(parameter.shape, grad) for parameter in self.parameters]
         call(

@@ -224,8 +224,10 @@ class _FirstLinear:
         self, features: Tensor, cube: Tensor | None, frame_context: Tensor | None, weight1: Tensor, bias1: Tensor
     ) -> None:
         self.dtype = _products.product_dtype(features.dtype)
-        self.by_kernel = _products.by_kernel(self.dtype) and bool(weight1.numel())
         self.shape, width = features.shape[:3], features.shape[3]
+        # The columns of the frames' context are no matter of its.
+        multiplied = weight1.shape[0] * (width + (0 if cube is None else cube.shape[3]))
+        self.by_kernel = _products.by_kernel(self.dtype) and multiplied > 0
         self.frames, self.tokens = features.shape[0] * features.shape[1], features.shape[2]
         self.features = features.flatten(0, 2)
         self.cube = None if cube is None else cube.flatten(0, 2)
@@ -274,7 +276,7 @@ class _FirstLinear:
         fresh = None if inside else empty((largest(cut) * self.tokens, hidden), self.features, self.dtype)
         for first, count in cut:
             begin, end = first * self.tokens, (first + count) * self.tokens
-            out = preactivation.view(-1, hidden)[begin:end] if inside else fresh[: end - begin]
+            out = preactivation.flatten(0, 2)[begin:end] if inside else fresh[: end - begin]
             out = product(self.features[begin:end].to(self.dtype), self.of_features, out)
             if self.cube is not None:
                 add_product(out, self.cube[begin:end].to(self.dtype), self.of_context)

@@ -88,7 +88,7 @@ def _forward_in_passes(
     for first, count in cut:
         shape, begin, end = _shape(x, weight, dtype, first, count), first * tokens, (first + count) * tokens
         call("token_features_normalize", **shape, **norm, have_statistics=False, normalized=normalized)
-        out = preactivation.view(-1, width)[begin:end] if products is None else products[: end - begin]
+        out = preactivation.flatten(0, 2)[begin:end] if products is None else products[: end - begin]
         call(
             "token_features_activation",
             **shape,
