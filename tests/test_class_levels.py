@@ -12,6 +12,7 @@ from inti_kernels import InTI
 from inti_kernels.backends import _class_levels
 from inti_kernels.backends.cpu import class_levels
 from inti_kernels.reference import functional
+from inti_kernels.testing import assert_close_three_way, op_cases, three_way
 
 pytestmark = pytest.mark.only_under_test("cpu")
 
@@ -144,6 +145,12 @@ def test_the_module_gives_the_same_bits_at_any_thread_count(kernels: str, thread
         runs.append(computed(class_levels.ClassLevels, cls, frame, convolutions, grad))
     for run in runs[1:]:
         assert_same_bits(run, runs[0])
+
+
+def test_a_batch_of_hundreds_of_clips(backend: str) -> None:
+    """The gradients of the parameters are sums over 4096 pairs of frames."""
+    case = op_cases("inti", dim=24, frames=16, grid=(1, 1), batch=512, context=("frame", "global"))
+    assert_close_three_way(three_way("inti", *case, backend=backend, draws=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

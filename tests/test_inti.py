@@ -85,13 +85,6 @@ def test_recipe(check: Callable[[Subject], None]) -> None:
 
 
 @pytest.mark.only_under_test("cpu")
-def test_a_batch_of_hundreds_of_clips(backend: str) -> None:
-    """The gradients of the class levels' parameters are sums over 4096 pairs of frames."""
-    case = SUBJECT.case(dim=24, frames=16, grid=(1, 1), batch=512)
-    assert_close_three_way(three_way(SUBJECT.name, *case, backend=backend, draws=1))
-
-
-@pytest.mark.only_under_test("cpu")
 def test_torch_func_grad() -> None:
     """Of each input and of all, whichever are mapped; with few inputs, for the pairs of them are many."""
     op_suite.func_grad(replace(SUBJECT, sizes={"context": (), "position": False}))
