@@ -28,10 +28,10 @@ def _mkl_is_slow() -> bool:
 
 
 BY_ONEDNN = _mkl_is_slow()
-# With AVX2 and no more, the compiled module's products are faster than MKL's on AMD's processors, or as fast where all is
-# in the caches, and what comes before and behind them takes no pass of its own. Measured on an EPYC (Zen 3), two threads,
-# operands in memory: [3152, 768]·[768, 384] 160 GFLOP/s instead of 126, [1576, 1536]·[1536, 768] 169 instead of 138,
-# [1576, 768]·[768, 1536] 161 instead of 136, the gradients of the weights 164 and 144 instead of 165 and 141.
+# With AVX2 and no more, the compiled module's products are faster than MKL's on AMD's processors, or as fast where all
+# is in the caches, and what comes before and behind them takes no pass of its own. Measured on an EPYC (Zen 3), two
+# threads, operands in memory: [3152, 768]·[768, 384] 160 GFLOP/s instead of 126, [1576, 1536]·[1536, 768] 169 instead
+# of 138, [1576, 768]·[768, 1536] 161 instead of 136, the gradients of the weights 164 and 144 instead of 165 and 141.
 BY_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
 
 
