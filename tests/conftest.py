@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, register_random, settings
-from op_subject import EMULATED, INTERPRETED, UNDER_TEST, allocating
+from op_subject import EMULATED, INTERPRETED, UNDER_TEST, allocate_by
 
 from inti_kernels.backends import native
 
@@ -66,8 +66,7 @@ def scratch_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty_of_nan(shape, like, dtype=None):  # type: ignore[no-untyped-def]
         return torch.full(tuple(shape), float("nan"), dtype=dtype or like.dtype, device=like.device)
 
-    for module in allocating():
-        monkeypatch.setattr(module, "empty", empty_of_nan)
+    allocate_by(monkeypatch, empty_of_nan)
 
 
 def variants() -> list[str]:

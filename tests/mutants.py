@@ -108,7 +108,7 @@ MUTANTS = {
     )
     + _mutants(
         "csrc/cpu/rows.h",
-        ("a block ends a token early", "begin + kTokensOfBlock : tokens", "begin + kTokensOfBlock - 1 : tokens"),
+        ("a block ends a token early", "least(begin + kTokensOfBlock, tokens)", "least(begin + kTokensOfBlock - 1, tokens)"),
     )
     + _mutants(
         "csrc/cpu/gelu.h",
@@ -129,7 +129,7 @@ MUTANTS = {
     ),
     "class_levels": _mutants(
         "csrc/cpu/few_rows.cpp",
-        ("the last outputs are left out", "(count + size - 1) / size", "count / size"),
+        ("the last outputs are left out", "parallel_for(parts_of(count, size)", "parallel_for(count / size"),
         ("single rows are left out", "if constexpr (N > 1)", "if constexpr (N > 2)"),
         ("later lines overwrite what the first have summed", "load(to + r * s.in + c) + sums[r]);", "sums[r]);"),
         ("the gradient goes past the GELU", "kept ? v * gelu<A>(load(kept + c)).slope : v", "v"),

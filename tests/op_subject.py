@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -32,6 +34,21 @@ def allocating() -> list[ModuleType]:
     if UNDER_TEST != "cpu":
         names += [f"{UNDER_TEST}.{name}" for name in ("_launch", *ops.OPS)]
     return [import_module(f"{backends.__name__}.{name}") for name in names]
+
+
+def allocate_by(patch: pytest.MonkeyPatch, empty: Callable[..., Tensor]) -> None:
+    """Has the kernels' outputs and workspaces come from another function."""
+    for module in allocating():
+        patch.setattr(module, "empty", empty)
+
+
+def with_room(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory of NaN, and what lies before and behind it: a number, since what a kernel computes of what it shouldn't
+    have read may well be NaN."""
+    size = math.prod(shape)
+    memory = torch.full((64 + size + 1024,), 7.0, dtype=dtype or like.dtype, device=like.device)
+    inside = memory[64 : 64 + size].fill_(float("nan"))
+    return inside.view(tuple(shape)), memory[:64], memory[64 + size :]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ A test file of an op describes the op by a `Subject` and runs CHECKS on it; see 
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,12 +32,13 @@ from op_subject import (
     INTERPRETED,
     UNDER_TEST,
     Subject,
-    allocating,
+    allocate_by,
     as_tuple,
     assert_same_bits,
     gradients,
     layouts,
     loss,
+    with_room,
 )
 from torch import Tensor
 
@@ -287,25 +287,18 @@ def the_raw_op_reads_no_wrong_memory(subject: Subject) -> None:
 
 
 def nothing_is_written_past_an_end(subject: Subject) -> None:
-    """What lies before and behind each output and workspace is as it was: a number, since what a kernel computes of
-    what it shouldn't have read may well be NaN."""
+    """What lies before and behind each output and workspace is as it was."""
     around = []
 
-    def guarded(shape, like, dtype=None):  # type: ignore[no-untyped-def]
-        size = math.prod(shape)
-        memory = torch.full((64 + size + 1024,), 7.0, dtype=dtype or like.dtype, device=like.device)
-        inside = memory[64 : 64 + size].fill_(float("nan"))
-        around.extend((memory[:64], memory[64 + size :]))
-        return inside.view(tuple(shape))
+    def guarded(*args, **kwargs):  # type: ignore[no-untyped-def]
+        inside, *rooms = with_room(*args, **kwargs)
+        around.extend(rooms)
+        return inside
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in allocating():
-            patch.setattr(module, "empty", guarded)
-        for dtype, dim in (
-            (torch.float32, 8),
-            (torch.float32, 40),
-            (torch.float16, 40),
-        ):  # a thread's row; with an edge
+        allocate_by(patch, guarded)
+        # A row that one thread has, and one with an edge.
+        for dtype, dim in ((torch.float32, 8), (torch.float32, 40), (torch.float16, 40)):
             leaves, run = subject.leaves(dtype, dim=dim)
             gradients(run, leaves)
     assert around

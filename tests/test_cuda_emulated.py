@@ -6,7 +6,6 @@ INTI_CUDA_LIBRARY names the emulator, which asks for this file: INTI_CUDA_LIBRAR
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import op_suite
 import pytest
 import torch
-from op_subject import Subject, allocating, as_tuple, assert_same_bits, gradients
+from op_subject import Subject, allocate_by, as_tuple, assert_same_bits, gradients, with_room
 
 from inti_kernels import FusedInTI, InTI, backends, ops, reference
 from inti_kernels.__main__ import main
@@ -225,22 +224,19 @@ def test_touches_nothing_past_an_end(
     """Channels that the last block of a row has no use for are not read either: they may be in no memory of ours."""
     sector, behind = 32, []
 
-    def with_room(shape, like, dtype=None):  # type: ignore[no-untyped-def]
-        size, room = math.prod(shape), 1024
-        memory = torch.full((size + room,), float("nan"), dtype=dtype or like.dtype)
-        end = memory.data_ptr() + size * memory.itemsize
-        behind.append((memory, range(-(-end // sector), (end + room * memory.itemsize) // sector)))
-        return memory[:size].view(tuple(shape))
+    def guarded(*args, **kwargs):  # type: ignore[no-untyped-def]
+        inside, _, room = with_room(*args, **kwargs)
+        behind.append((room, range(-(-room.data_ptr() // sector), (room.data_ptr() + room.nbytes) // sector)))
+        return inside
 
-    for module in allocating():
-        monkeypatch.setattr(module, "empty", with_room)
+    allocate_by(monkeypatch, guarded)
     leaves, run = subject.leaves(dtype, dim=dim)
-    leaves = [with_room(leaf.shape, leaf).copy_(leaf.detach()).requires_grad_() for leaf in leaves]
+    leaves = [guarded(leaf.shape, leaf).copy_(leaf.detach()).requires_grad_() for leaf in leaves]
     with _traffic.emulated() as launches:
         gradients(run, leaves)
     touched = {at for launch in launches for at, _ in launch.touches()}
     assert touched.intersection(range(leaves[0].data_ptr() // sector, behind[0][1].start))
-    assert not any(touched.intersection(room) for _, room in behind)
+    assert not any(touched.intersection(sectors) for _, sectors in behind)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

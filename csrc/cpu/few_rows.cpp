@@ -11,8 +11,7 @@ constexpr int64_t kOutputs = 32;   // of a task in the forward
 constexpr int64_t kGradients = 8;  // of a task that writes the weight's gradient: outputs
 constexpr int64_t kInputs = 128;   // of a task that reads the weight by columns: it does so in strips of these,
 constexpr int64_t kLines = 8;      // so many lines at a time, which stay in the first cache at any pitch
-constexpr int64_t kTerms = 32;     // rows that are added up in one go: sums of sums round less than one long sum,
-                                   // and sums in double of such sums as little as PyTorch's
+constexpr int64_t kTerms = 32;     // rows that are added up in one go: sums of sums round less than one long sum
 
 template <int N>
 struct Count {
@@ -29,10 +28,7 @@ INTI_INLINE void for_each_rows(int64_t begin, int64_t end, const Block& block) {
 // Calls task(begin, end) for every part of [0, count).
 template <class Task>
 void for_each_part(int64_t count, int64_t size, int threads, const Task& task) {
-  parallel_for((count + size - 1) / size, threads, [&](int64_t i) {
-    const int64_t begin = i * size;
-    task(begin, begin + size < count ? begin + size : count);
-  });
+  parallel_for(parts_of(count, size), threads, [&](int64_t i) { task(i * size, least((i + 1) * size, count)); });
 }
 
 template <class A>
@@ -118,7 +114,7 @@ void linear_backward(const FewRowsBackward& p, A* grad_input) {
     for (int64_t row = 0; row < s.rows; ++row)
       for (int64_t c = begin; c < end; ++c) grad_input[row * s.in + c] = 0;
     for (int64_t n0 = 0; n0 < s.out; n0 += kLines) {
-      const int64_t n1 = n0 + kLines < s.out ? n0 + kLines : s.out;
+      const int64_t n1 = least(n0 + kLines, s.out);
       // The processor doesn't guess the next lines of a strip.
       for (int64_t n = n1; n < n1 + kLines && n < s.out; ++n)
         for (int64_t c = 0; c < end - begin; c += 64 / int64_t(sizeof(A)))
@@ -149,10 +145,10 @@ void weight_backward(const FewRowsBackward& p) {
       A* to = static_cast<A*>(p.grad_weight) + n * p.grad_weight_pitch;
       for_each_vector<A>(s.in, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
         int64_t row = 0;
-        do {  // without rows too
+        do {  // once at least: the gradient of no rows is 0
           Vec<A> sums[kRows] = {};
           const bool add = p.accumulate || row > 0;
-          for (const int64_t last = row + kTerms < s.rows ? row + kTerms : s.rows; row < last; ++row) {
+          for (const int64_t last = least(row + kTerms, s.rows); row < last; ++row) {
             const Vec<A> v = load(static_cast<const A*>(p.linear_input) + row * s.in + c);
             for (int j = 0; j < kRows; ++j) sums[j] += grad[(n + j) * s.rows + row] * v;
           }
@@ -198,7 +194,7 @@ void norm_backward(const FewRowsBackward& p) {
       LongSum<A> of_weight, of_bias;
       for (int64_t row = 0; row < rows;) {
         Vec<A> terms_of_weight = {}, terms_of_bias = {};
-        for (const int64_t last = row + kTerms < rows ? row + kTerms : rows; row < last; ++row) {
+        for (const int64_t last = least(row + kTerms, rows); row < last; ++row) {
           const Vec<A> grad = load(upstream + row * dim + c);
           terms_of_weight += grad * ((load(x + row * dim + c) - statistics[2 * row]) * statistics[2 * row + 1]);
           terms_of_bias += grad;

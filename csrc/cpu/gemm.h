@@ -31,9 +31,6 @@ constexpr int64_t kRowsAtMost = 168;
 static_assert(kTileRows <= kTileRowsAtMost && kRowsAtMost >= kTileRows && kColumnsOfTiles % kTileColumns == 0,
               "fits the workspace");
 
-INTI_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INTI_INLINE int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 // Numbers of a cache line; and calls of multiply_terms that share the fetching of the next part of a panel.
 constexpr int kLine = 16, kFetchers = 4;
 

@@ -140,11 +140,11 @@ struct Clip {
 template <class A, class Pass, class Block>
 void for_each_channels(const Pass& p, const Block& block) {
   const int64_t dim = p.shape.dim;
-  parallel_for((dim + kChannels - 1) / kChannels, p.shape.threads, [&](int64_t i) {
-    const int64_t begin = i * kChannels, size = begin + kChannels < dim ? kChannels : dim - begin;
+  parallel_for(parts_of(dim, kChannels), p.shape.threads, [&](int64_t i) {
+    const int64_t begin = i * kChannels, size = least(kChannels, dim - begin);
     for_each_vector<A>(size, [&](int64_t at, auto load, auto store) __attribute__((always_inline)) {
       const int64_t c = begin + at;
-      const int count = int(dim - c < kLanes<A> ? dim - c : kLanes<A>);
+      const int count = int(least(kLanes<A>, dim - c));
       const auto convolution = [&](int k) __attribute__((always_inline)) {
         return Convolution<A>(static_cast<const A*>(p.weights[k]), static_cast<const A*>(p.biases[k]), c, count);
       };

@@ -8,6 +8,9 @@
 namespace inti::INTI_ISA {
 namespace {
 
+INTI_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INTI_INLINE int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 // Calls block(c, load, store) for every vector of channels of what T is computed in; load and store handle a last
 // vector that isn't full.
 template <class T, class Block>
@@ -25,7 +28,7 @@ INTI_INLINE void for_each_vector(int64_t dim, const Block& block) {
         [rest](auto* p, const Vec<A>& v) __attribute__((always_inline)) { store_first(p, v, rest); });
 }
 
-// A sum of a vector's lanes each, in double.
+// A sum in each lane, in double: where all terms are of one sign, sums of a few hundred would lose more than PyTorch's.
 template <class A>
 class LongSum {
  public:
@@ -68,8 +71,7 @@ void for_each_block(int64_t first, int64_t count, int64_t tokens, int threads, c
   const int64_t blocks = token_blocks(tokens);
   parallel_for(count * blocks, threads, [&](int64_t i) {
     const int64_t frame = first + i / blocks, begin = i % blocks * kTokensOfBlock;
-    const int64_t end = begin + kTokensOfBlock < tokens ? begin + kTokensOfBlock : tokens;
-    task(Block{frame, begin, end, frame * blocks + i % blocks});
+    task(Block{frame, begin, least(begin + kTokensOfBlock, tokens), frame * blocks + i % blocks});
   });
 }
 

@@ -215,6 +215,7 @@ class _FirstLinear:
 
     Attributes:
         dtype: of its products.
+        widths: of the features and of the cube.
         by_kernel: whether the compiled module multiplies, which takes matrices that have numbers.
         frame_bias: [h] or [B·T/2, h], not rounded to 16 bits: its bias, and what the frames' context adds, the only
             term that all of a frame's tokens share.
@@ -225,9 +226,8 @@ class _FirstLinear:
     ) -> None:
         self.dtype = _products.product_dtype(features.dtype)
         self.shape, width = features.shape[:3], features.shape[3]
-        # The columns of the frames' context are no matter of its.
-        multiplied = weight1.shape[0] * (width + (0 if cube is None else cube.shape[3]))
-        self.by_kernel = _products.by_kernel(self.dtype) and multiplied > 0
+        self.widths = (width, 0 if cube is None else cube.shape[3])
+        self.by_kernel = _products.by_kernel(self.dtype) and weight1.shape[0] * sum(self.widths) > 0
         self.frames, self.tokens = features.shape[0] * features.shape[1], features.shape[2]
         self.features = features.flatten(0, 2)
         self.cube = None if cube is None else cube.flatten(0, 2)
@@ -250,18 +250,19 @@ class _FirstLinear:
         """All products and what is behind them, by one kernel."""
         (batch, pairs, tokens), matrix = self.shape, self.matrix.contiguous()
         rows, threads = batch * pairs * tokens, torch.get_num_threads()
-        widths = (self.features.shape[1], 0 if self.cube is None else self.cube.shape[1])
         call(
             "interpolation_head_network",
             shape=(batch, 2 * pairs, tokens, dim, matrix.shape[0], 0, self.frames),
             dtypes=tuple(name_of(d) for d in (x_dtype, self.features.dtype, self.dtype)),
-            widths=widths,
+            widths=self.widths,
             features=self.features.contiguous(),
             cube=None if self.cube is None else self.cube.contiguous(),
             weight1=matrix,
             weight1_pitch=matrix.stride(0),
             workspace=empty(
-                (native.load().network_workspace(matrix.shape[0], sum(widths), rows, threads),), matrix, torch.float32
+                (native.load().network_workspace(matrix.shape[0], sum(self.widths), rows, threads),),
+                matrix,
+                torch.float32,
             ),
             **self.bias_of_frames(),
             **behind,
