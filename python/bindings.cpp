@@ -75,16 +75,17 @@ void pair_interpolate_backward(const std::array<int64_t, 4>& shape, const std::s
 }
 
 // shape: (batch, frames, prefix, height, width, dim, temporal_stride)
+// dtypes: of x and of y
 inti::DepthwiseConv3dShape depthwise_conv3d_shape(const std::array<int64_t, 7>& s, int kernel_space,
-                                                  const std::string& type, int threads) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], kernel_space, dtype(type), threads};
+                                                  const std::array<std::string, 2>& types, int threads) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], kernel_space, dtype(types[0]), dtype(types[1]), threads};
 }
 
-void depthwise_conv3d_forward(const std::array<int64_t, 7>& shape, int kernel_space, const std::string& type,
-                              int threads, Address x, const StrideArray& x_strides, Address weight, Address bias,
+void depthwise_conv3d_forward(const std::array<int64_t, 7>& shape, int kernel_space,
+                              const std::array<std::string, 2>& types, int threads, Address x, const StrideArray& x_strides, Address weight, Address bias,
                               Address position, Address y) {
   inti::DepthwiseConv3dForward p{};
-  p.shape = depthwise_conv3d_shape(shape, kernel_space, type, threads);
+  p.shape = depthwise_conv3d_shape(shape, kernel_space, types, threads);
   p.x = pointer(x);
   p.x_strides = strides(x_strides);
   p.weight = pointer(weight);
@@ -94,13 +95,13 @@ void depthwise_conv3d_forward(const std::array<int64_t, 7>& shape, int kernel_sp
   call(inti::cpu_kernels().depthwise_conv3d_forward, p);
 }
 
-void depthwise_conv3d_backward(const std::array<int64_t, 7>& shape, int kernel_space, const std::string& type,
-                               int threads, Address x, const StrideArray& x_strides, Address weight, Address position,
+void depthwise_conv3d_backward(const std::array<int64_t, 7>& shape, int kernel_space,
+                               const std::array<std::string, 2>& types, int threads, Address x, const StrideArray& x_strides, Address weight, Address position,
                                Address grad_y, const StrideArray& grad_y_strides, Address grad_x, bool accumulate,
                                Address grad_position, Address position_partials, Address grad_weight,
                                Address weight_partials) {
   inti::DepthwiseConv3dBackward p{};
-  p.shape = depthwise_conv3d_shape(shape, kernel_space, type, threads);
+  p.shape = depthwise_conv3d_shape(shape, kernel_space, types, threads);
   p.x = pointer(x);
   p.x_strides = strides(x_strides);
   p.weight = pointer(weight);
@@ -450,9 +451,9 @@ PYBIND11_MODULE(_native, m) {
         "accumulate"_a, "grad_logits"_a, "grad_position"_a, "partials"_a);
 
   m.def("depthwise_conv3d_chunks", &inti::depthwise_conv3d_chunks, "batch"_a, "out_frames"_a);
-  m.def("depthwise_conv3d_forward", &depthwise_conv3d_forward, py::kw_only(), "shape"_a, "kernel_space"_a, "dtype"_a,
+  m.def("depthwise_conv3d_forward", &depthwise_conv3d_forward, py::kw_only(), "shape"_a, "kernel_space"_a, "dtypes"_a,
         "threads"_a, "x"_a, "x_strides"_a, "weight"_a, "bias"_a, "position"_a, "y"_a);
-  m.def("depthwise_conv3d_backward", &depthwise_conv3d_backward, py::kw_only(), "shape"_a, "kernel_space"_a, "dtype"_a,
+  m.def("depthwise_conv3d_backward", &depthwise_conv3d_backward, py::kw_only(), "shape"_a, "kernel_space"_a, "dtypes"_a,
         "threads"_a, "x"_a, "x_strides"_a, "weight"_a, "position"_a, "grad_y"_a, "grad_y_strides"_a, "grad_x"_a,
         "accumulate"_a, "grad_position"_a, "position_partials"_a, "grad_weight"_a, "weight_partials"_a);
 

@@ -92,7 +92,7 @@ MUTANTS = {
         "csrc/cpu/token_features.cpp",
         ("the position is forgotten", "return position ? v + load(position + c) : v;", "return v;"),
         ("the frames of a pair change places", "+ frame % 2 * shape.width", "+ (1 - frame % 2) * shape.width"),
-        ("the slope is the value", "gelu<A>(load(kept + c)).slope", "gelu<A>(load(kept + c)).value"),
+        ("the slope is the value", "gelu<N>(load(kept + c)).slope", "gelu<N>(load(kept + c)).value"),
         ("the gradient's mean stays", "(g - mean_g - y * mean_gy)", "(g - y * mean_gy)"),
         ("the buffer is overwritten", "p.accumulate ? load(grad_x + c) + grad : grad", "grad"),
         ("the norm's bias sums what its weight does", "store(sums + dim + c, load(sums + dim + c) + of_row);", "store(sums + dim + c, load(sums + dim + c) + of_row * y);"),

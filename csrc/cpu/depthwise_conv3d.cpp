@@ -235,7 +235,7 @@ void clear_prefix(T* frame, const DepthwiseConv3dShape& shape, const Tile& tile)
     for (int c = 0; c < tile.channels; ++c) frame[k * shape.dim + tile.channel + c] = T{};
 }
 
-template <class T, int K>
+template <class T, class Y, int K>
 void forward(const DepthwiseConv3dForward& p) {
   using A = wide_t<T>;
   const DepthwiseConv3dShape& s = p.shape;
@@ -246,11 +246,11 @@ void forward(const DepthwiseConv3dForward& p) {
     alignas(64) A bias[kChannels<A>] = {};
     if (p.bias)
       for (int c = 0; c < block.channels; ++c) bias[c] = static_cast<const A*>(p.bias)[block.channel + c];
-    T* y = static_cast<T*>(p.y) + (batch * out_frames + frame) * tokens * s.dim;
+    Y* y = static_cast<Y*>(p.y) + (batch * out_frames + frame) * tokens * s.dim;
     clear_prefix(y, s, block);
     convolve_frame<T>(source, batch, frames_read(s, frame), weights, block, bias,
                       [&](int64_t r, const Tile& tile, const Row<A>& row) {
-                        T* to = y + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
+                        Y* to = y + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
                         for (int i = 0; i < tile.columns; ++i)
                           store_token(to + i * s.dim, row.at[i], tile.channels, false);
                       });
@@ -258,7 +258,7 @@ void forward(const DepthwiseConv3dForward& p) {
 }
 
 // grad_x, and with it grad_position's sum over the tokens of each frame.
-template <class T, int K>
+template <class T, class Y, int K>
 void backward_x(const DepthwiseConv3dBackward& p) {
   using A = wide_t<T>;
   const DepthwiseConv3dShape& s = p.shape;
@@ -270,7 +270,7 @@ void backward_x(const DepthwiseConv3dBackward& p) {
     alignas(64) A sum[kChannels<A>] = {};
     T* grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + (batch * s.frames + frame) * tokens * s.dim : nullptr;
     if (grad_x && !p.accumulate) clear_prefix(grad_x, s, block);
-    convolve_frame<T>(source, batch, gradients_read(s, frame), weights, block, no_bias,
+    convolve_frame<Y>(source, batch, gradients_read(s, frame), weights, block, no_bias,
                       [&](int64_t r, const Tile& tile, const Row<A>& row) {
                         if (grad_x) {
                           T* to = grad_x + (s.prefix + r * s.width + tile.column) * s.dim + tile.channel;
@@ -336,7 +336,7 @@ INTI_INLINE void add_row(const Row<A>& grad, const Tile& tile, A* bias) {
   }
 }
 
-template <class T, int K, class A>
+template <class T, class Y, int K, class A>
 void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, int64_t out_frame, const FrameTaps& taps,
                         Tile tile, WeightSums<A, K>& sums) {
   constexpr int halo = K / 2, width = kColumns - 2 * halo;
@@ -348,7 +348,7 @@ void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, in
       for (int f = 0; f < taps.count; ++f)
         stage_row<T>(x, batch, taps.at[f].frame, r, tile, halo, rings[f].slots[(r + K) % K]);
       if (r < halo) continue;
-      stage_row<T>(grad_y, batch, out_frame, r - halo, tile, 0, grad);
+      stage_row<Y>(grad_y, batch, out_frame, r - halo, tile, 0, grad);
       for (int f = 0; f < taps.count; ++f)
         add_row_products<K>(rings[f], grad, r - halo, tile, sums.rows + taps.at[f].tap * K * K);
       add_row(grad, tile, sums.rows[sums.kRows - 1]);
@@ -356,7 +356,7 @@ void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, in
   }
 }
 
-template <class T, int K>
+template <class T, class Y, int K>
 void backward_weight(const DepthwiseConv3dBackward& p) {
   using A = wide_t<T>;
   const DepthwiseConv3dShape& s = p.shape;
@@ -372,7 +372,7 @@ void backward_weight(const DepthwiseConv3dBackward& p) {
     for (int64_t frame = all * chunk / chunks; frame < all * (chunk + 1) / chunks; ++frame) {
       frame_sums.clear();
       const int64_t out_frame = frame % out_frames;
-      add_frame_products<T>(x, grad_y, frame / out_frames, out_frame, frames_read(s, out_frame), block, frame_sums);
+      add_frame_products<T, Y>(x, grad_y, frame / out_frames, out_frame, frames_read(s, out_frame), block, frame_sums);
       sums.add(frame_sums);
     }
     A* partial = static_cast<A*>(p.weight_partials) + chunk * sums.kRows * s.dim + block.channel;
@@ -395,32 +395,44 @@ void reduce(const void* partials, int64_t count, int64_t size, int threads, void
   });
 }
 
-template <class T, int K>
+template <class T, class Y, int K>
 void backward(const DepthwiseConv3dBackward& p) {
   using A = wide_t<T>;
   const DepthwiseConv3dShape& s = p.shape;
-  if (p.grad_x || p.grad_position) backward_x<T, K>(p);
+  if (p.grad_x || p.grad_position) backward_x<T, Y, K>(p);
   if (p.grad_position) reduce<A>(p.position_partials, s.batch, s.frames * s.dim, s.threads, p.grad_position);
   if (p.grad_weight) {
-    backward_weight<T, K>(p);
+    backward_weight<T, Y, K>(p);
     const int64_t chunks = depthwise_conv3d_chunks(s.batch, s.frames / s.temporal_stride);
     reduce<A>(p.weight_partials, chunks, WeightSums<A, K>::kRows * s.dim, s.threads, p.grad_weight);
   }
 }
 
+// Calls f with the Types of x and of y.
+template <class F>
+void by_dtypes(const DepthwiseConv3dShape& shape, const F& f) {
+  by_dtype(shape.dtype, [&](auto x) {
+    if (shape.result == shape.dtype) return f(x, x);
+    if constexpr (sizeof(element_t<decltype(x)>) == sizeof(float))
+      shape.result == DType::bfloat16 ? f(x, Type<bfloat16>{}) : f(x, Type<float16>{});
+  });
+}
+
 }  // namespace
 
 void depthwise_conv3d_forward(const DepthwiseConv3dForward& p) {
-  by_dtype(p.shape.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    p.shape.kernel_space == 3 ? forward<T, 3>(p) : forward<T, 1>(p);
+  by_dtypes(p.shape, [&](auto x, auto y) {
+    using T = element_t<decltype(x)>;
+    using Y = element_t<decltype(y)>;
+    p.shape.kernel_space == 3 ? forward<T, Y, 3>(p) : forward<T, Y, 1>(p);
   });
 }
 
 void depthwise_conv3d_backward(const DepthwiseConv3dBackward& p) {
-  by_dtype(p.shape.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    p.shape.kernel_space == 3 ? backward<T, 3>(p) : backward<T, 1>(p);
+  by_dtypes(p.shape, [&](auto x, auto y) {
+    using T = element_t<decltype(x)>;
+    using Y = element_t<decltype(y)>;
+    p.shape.kernel_space == 3 ? backward<T, Y, 3>(p) : backward<T, Y, 1>(p);
   });
 }
 

@@ -52,12 +52,15 @@ INTI_INLINE Power exponential(const Vec<float>& high, const Vec<float>& low) {
 // Φ(-t) = exp(-t²/2)·R(t) for t ≥ 0, with R(t)·(1 + t/4) a polynomial in w = 1 / (1 + t/4): both tails keep their
 // digits, which 1 + erf would lose. What its steps of full size round off is put right at the end. Φ and φ are within
 // 2 ulp where they are normal numbers (Φ within 1.3 above 0); from -13 on both are 0. NaN stays NaN.
+//
+// Not kExact, for results that are rounded to 16 bits, leaves that out, and is within 2^-17 of them.
+template <bool kExact>
 INTI_INLINE Normal<float> normal(const Vec<float>& x) {
   Vec<float> t = bits_as<Vec<float>>(bits_as<Uint32s>(x) & 0x7fffffff);
   t = t > 14.0f ? Vec<float>{} + 14.0f : t;  // a comparison with NaN is false
   // The square of 12 bits is exact; the rest is the small part.
-  const Vec<float> high = upper_half(t);
-  const Power e = exponential(-0.5f * high * high, -0.5f * (t - high) * (t + high));
+  const Vec<float> high = kExact ? upper_half(t) : t;
+  const Power e = exponential(-0.5f * high * high, kExact ? -0.5f * (t - high) * (t + high) : Vec<float>{});
   const Vec<float> scale = t > 13.0f ? Vec<float>{} : e.scale;
 
   const Vec<float> d = 0.25f * t + 1.0f, w = 1.0f / d, v = w - 0x1.f3p-2f;
@@ -69,15 +72,19 @@ INTI_INLINE Normal<float> normal(const Vec<float>& x) {
   ratio = ratio * v + 0x1.718928p-2f;
   ratio = ratio * v + 0x1.7e1e1cp-2f;
   const Vec<float> inner = ratio * v + 0x1.2d5c36p-2f, sum = inner * v + 0x1.7aedf8p-3f;
-  // What is missing to the two sums; to w as a share, of which R has 0.66 + 2.41·w times as much; and to R.
-  const Vec<float> of_sum = v * (0x1.2d5c36p-2f - inner + ratio * v) - less_product(sum - 0x1.7aedf8p-3f, inner, v);
-  const Vec<float> of_w = less_product(Vec<float>{} + 1.0f, d, w) - (0.25f * t - (d - 1.0f)) * w;
-  const Vec<float> r = sum * w, of_r = r * ((w * 2.41f + 0.66f) * of_w) + (of_sum * w - less_product(r, sum, w));
-  const Vec<float> more = e.large + e.small, power = more + 1.0f;
-  const Vec<float> tail = (of_r * power + r * more + r) * scale;
+  const Vec<float> r = sum * w, more = e.large + e.small, power = more + 1.0f;
+  Vec<float> tail = r * power * scale;
+  if constexpr (kExact) {
+    // What is missing to the two sums; to w as a share, of which R has 0.66 + 2.41·w times as much; and to R.
+    const Vec<float> of_sum = v * (0x1.2d5c36p-2f - inner + ratio * v) - less_product(sum - 0x1.7aedf8p-3f, inner, v);
+    const Vec<float> of_w = less_product(Vec<float>{} + 1.0f, d, w) - (0.25f * t - (d - 1.0f)) * w;
+    const Vec<float> of_r = r * ((w * 2.41f + 0.66f) * of_w) + (of_sum * w - less_product(r, sum, w));
+    tail = (of_r * power + r * more + r) * scale;
+  }
   return {bits_as<Int32s>(x) < 0 ? tail : 1.0f - tail, power * scale * 0x1.988454p-2f};
 }
 
+template <bool>
 INTI_INLINE Normal<double> normal(const Vec<double>& x) {
   Normal<double> at;
   for (int i = 0; i < kLanes<double>; ++i) {
@@ -92,9 +99,10 @@ struct Gelu {
   Vec<A> value, slope;
 };
 
-template <class A>
-INTI_INLINE Gelu<A> gelu(const Vec<A>& x) {
-  const Normal<A> at = normal(x);
+// N is what the result is stored in.
+template <class N>
+INTI_INLINE Gelu<wide_t<N>> gelu(const Vec<wide_t<N>>& x) {
+  const Normal<wide_t<N>> at = normal<sizeof(N) == sizeof(wide_t<N>)>(x);
   return {x * at.cdf, at.cdf + x * at.density};
 }
 

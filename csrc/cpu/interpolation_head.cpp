@@ -70,7 +70,7 @@ INTI_INLINE Vec<wide_t<N>> difference_of_columns(const InterpolationHeadForward&
   for_each_vector<N>(count, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
     const Vec<A> v = load(products + c) + load(frame_bias + c);
     if (kept) store(kept + c, v);
-    if (weight2) sum += gelu<A>(v).value * load(weight2 + c);
+    if (weight2) sum += gelu<N>(v).value * load(weight2 + c);
   });
   return sum;
 }
@@ -83,7 +83,7 @@ void hidden_backward(const InterpolationHeadBackward& p, const TokenPair& at, wi
   const A* weight2 = static_cast<const A*>(p.weight2);
   P* grad = static_cast<P*>(p.grad_hidden) + at.own * hidden;
   for_each_vector<N>(hidden, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-    const Gelu<A> gelu_at = gelu<A>(load(kept + c));
+    const Gelu<A> gelu_at = gelu<N>(load(kept + c));
     const Vec<A> v = upstream * load(weight2 + c) * gelu_at.slope;
     store(grad + c, v);
     if (sums) {

@@ -85,7 +85,7 @@ INTI_INLINE void activate(const TokenFeaturesActivation& p, int64_t frame, int64
     Vec<A> v = load(products + c);
     if (bias) v += load(bias + c);
     if (kept) store(kept + c, v);
-    store(features + c, gelu<A>(v).value);
+    store(features + c, gelu<N>(v).value);
   });
 }
 
@@ -132,7 +132,7 @@ void activation_backward(const TokenFeaturesActivationBackward& p) {
       const N* kept = static_cast<const N*>(p.preactivation) + (block.frame * tokens + k) * width;
       P* grad = static_cast<P*>(p.grad_preactivation) + ((block.frame - p.shape.first) * tokens + k) * width;
       for_each_vector<N>(width, [&](int64_t c, auto load, auto store) __attribute__((always_inline)) {
-        const Vec<A> v = load(upstream + c) * gelu<A>(load(kept + c)).slope;
+        const Vec<A> v = load(upstream + c) * gelu<N>(load(kept + c)).slope;
         store(grad + c, v);
         if (sum) store(sum + c, load(sum + c) + v);
       });

@@ -215,6 +215,8 @@ class _Chain:
         self.dtype = computed_in(x, sizes.dtype, backend)
         reads_both = x.dtype == torch.float32 and settle("token_features", backend, x) == "cpu"
         self.tokens = x if reads_both else x.to(self.dtype)
+        # The cube level of such kernels comes and goes in the products' dtype.
+        self.of_cube = {"dtype": self.dtype} if reads_both else {}
         self.norm = tuple(tensor.to(self.tokens.dtype) for tensor in (inputs.norm_weight, inputs.norm_bias))
         self.linear = (inputs.weight.to(self.dtype), inputs.bias.to(self.dtype))
         self.network = tuple(tensor.to(self.dtype) for tensor in inputs[HEAD])
@@ -259,8 +261,8 @@ class _Chain:
             return None
         module = self._module("depthwise_conv3d", self.tokens, "forward")
         parameters = (self.inputs.cube_weight, self.inputs.cube_bias, self.position)
-        cube = module.depthwise_conv3d_forward(self.tokens, *parameters, self.sizes.grid, 2, self.sizes.prefix)
-        return cube.to(self.dtype)
+        sizes = (self.sizes.grid, 2, self.sizes.prefix)
+        return module.depthwise_conv3d_forward(self.tokens, *parameters, *sizes, **self.of_cube)
 
     def head(
         self, features: Tensor, cube: Tensor | None, context: Tensor | None, keep: bool
@@ -328,7 +330,6 @@ class _Chain:
         module = self._module("depthwise_conv3d", self.tokens, "backward")
         parameters = (self.inputs.cube_weight, self.inputs.cube_bias, self.position)
         sizes = (self.sizes.grid, 2, self.sizes.prefix)
-        grad_cube = grad_cube.to(self.tokens.dtype)
         return module.depthwise_conv3d_backward(grad_cube, self.tokens, *parameters, *sizes, needs, accumulate)
 
     def token_features_backward(

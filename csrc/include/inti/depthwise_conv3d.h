@@ -10,7 +10,8 @@ struct DepthwiseConv3dShape {
   int64_t batch, frames, prefix, height, width, dim;
   int64_t temporal_stride;  // divides frames
   int kernel_space;         // 3 (3×3×3) or 1 (3×1×1); along time the kernel is always 3
-  DType dtype;              // of x, y and their gradients
+  DType dtype;              // of x and its gradient
+  DType result;             // of y and its gradient: x's, or 16 bits where x has 32
   int threads;
 };
 

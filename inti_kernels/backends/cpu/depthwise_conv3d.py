@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import native
@@ -30,17 +31,19 @@ def depthwise_conv3d_forward(
     grid: Sequence[int],
     temporal_stride: int,
     prefix: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """y is of ``dtype``: x's if None, or of 16 bits where x has 32."""
     batch, frames, tokens, dim = x.shape
     expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
     x = channels_contiguous(x, "depthwise_conv3d")
     taps, bias, position = in_wide_dtype(taps_first(weight), x), in_wide_dtype(bias, x), in_wide_dtype(position, x)
-    y = empty((batch, frames // temporal_stride, tokens, dim), x)
+    y = empty((batch, frames // temporal_stride, tokens, dim), x, dtype)
     call(
         "depthwise_conv3d_forward",
         shape=(batch, frames, prefix, *grid, dim, temporal_stride),
         kernel_space=weight.shape[-1],
-        dtype=name_of(x.dtype),
+        dtypes=(name_of(x.dtype), name_of(y.dtype)),
         x=x,
         x_strides=x.stride()[:3],
         weight=taps,
@@ -84,7 +87,7 @@ def depthwise_conv3d_backward(
         "depthwise_conv3d_backward",
         shape=(batch, frames, prefix, *grid, dim, temporal_stride),
         kernel_space=weight.shape[-1],
-        dtype=name_of(x.dtype),
+        dtypes=(name_of(x.dtype), name_of(grad_y.dtype)),
         x=x,
         x_strides=x.stride()[:3],
         weight=taps,

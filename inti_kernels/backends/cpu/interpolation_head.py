@@ -64,7 +64,7 @@ def interpolation_head_forward(
         "weights": weights,
         "difference": difference,
     }
-    if layer.by_kernel:
+    if layer.is_one_pass:
         layer.in_one_pass(x.dtype, x.shape[3], **behind)
     else:
         for first, count, products in layer.products(preactivation):
@@ -80,7 +80,7 @@ def interpolation_head_preactivation(
     tokens, hidden = features.shape[2], weight1.shape[0]
     layer = _FirstLinear(features, cube, frame_context, weight1, bias1)
     preactivation = empty((*features.shape[:3], hidden), features)
-    if layer.by_kernel:
+    if layer.is_one_pass:
         nothing = dict.fromkeys(("weight2", "x", "position", "z", "weights", "difference"))
         layer.in_one_pass(features.dtype, 0, bias2=0.0, x_strides=(0, 0, 0), preactivation=preactivation, **nothing)
         return preactivation
@@ -216,7 +216,7 @@ class _FirstLinear:
     Attributes:
         dtype: of its products.
         widths: of the features and of the cube.
-        by_kernel: whether the compiled module multiplies, which takes matrices that have numbers.
+        is_one_pass: whether the compiled module multiplies too, which takes matrices that have numbers.
         frame_bias: [h] or [B·T/2, h], not rounded to 16 bits: its bias, and what the frames' context adds, the only
             term that all of a frame's tokens share.
     """
@@ -227,7 +227,7 @@ class _FirstLinear:
         self.dtype = _products.product_dtype(features.dtype)
         self.shape, width = features.shape[:3], features.shape[3]
         self.widths = (width, 0 if cube is None else cube.shape[3])
-        self.by_kernel = _products.by_kernel(self.dtype) and weight1.shape[0] * sum(self.widths) > 0
+        self.is_one_pass = _products.in_one_pass(self.dtype) and weight1.shape[0] * sum(self.widths) > 0
         self.frames, self.tokens = features.shape[0] * features.shape[1], features.shape[2]
         self.features = features.flatten(0, 2)
         self.cube = None if cube is None else cube.flatten(0, 2)

@@ -50,7 +50,7 @@ def token_features_forward(
     preactivation = empty((batch, frames, tokens, width), weight) if keep else None
     norm = _norm(x, position, norm_weight, norm_bias, eps, statistics)
     wide_bias = in_wide_dtype(bias, weight)
-    if _products.by_kernel(dtype):
+    if _products.in_one_pass(dtype):
         call(
             "token_features_forward",
             **_shape(x, weight, dtype, 0, batch * frames),
