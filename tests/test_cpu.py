@@ -15,7 +15,7 @@ from op_subject import Subject, assert_same_bits
 from torch import Tensor
 
 from inti_kernels import ops
-from inti_kernels.backends.cpu import _call, _few_rows, _products, interpolation_head, token_features
+from inti_kernels.backends.cpu import _call, _few_rows, _products, depthwise_conv3d, interpolation_head, token_features
 from inti_kernels.testing import assert_close_three_way, op_cases, three_way
 
 pytestmark = pytest.mark.only_under_test("cpu")
@@ -96,6 +96,25 @@ def test_the_slope_of_gelu(backend: str) -> None:
     wide = x.double()
     exact = 0.5 * torch.special.erfc(-wide * 0.5**0.5) + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
     assert float((slope(x).double() - exact).abs().max()) <= 2**-22
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gelu_of_16_bits_is_the_nearest_number(dtype: torch.dtype, backend: str) -> None:
+    """Of every number there is, but for one that lies all but in the middle of two."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    x = x[x.isfinite()]
+    wide = x.double()
+    cdf = 0.5 * torch.special.erfc(-wide * 0.5**0.5)
+    for actual, exact, deepest in (
+        (gelu(x), wide * cdf, -12.9),
+        (slope(x), cdf + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi), -12.9),
+    ):
+        # In units of the last place, no smaller than that of the smallest normal number.
+        _, exponent = torch.frexp(exact)
+        smallest = torch.frexp(torch.tensor(torch.finfo(dtype).tiny)).exponent
+        unit = torch.exp2(exponent.clamp(min=int(smallest)).double()) * torch.finfo(dtype).eps / 2
+        error = ((actual.double() - exact).abs() / unit)[x > deepest]
+        assert float(error.max()) <= 0.5 + 2**-5
 
 
 def test_gelu_falls_to_its_limits(backend: str) -> None:
@@ -252,6 +271,27 @@ def test_a_product_of_what_is_no_ordinary_number(backend: str) -> None:
     a[7, 3], a[8, 4] = math.nan, math.inf
     _products.multiply(a, b, to, accumulate=False)
     assert_same_bits(to, a @ b)
+
+
+# --- The cube level under autocast ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_convolution_of_float32_in_16_bits(dtype: torch.dtype, backend: str) -> None:
+    """Its result is the float32 one's, rounded; its gradients are those of what comes back, exact in float32."""
+    x, weight, bias, position = (
+        torch.randn(2, 4, 13, 35),
+        torch.randn(35, 1, 3, 3, 3),
+        torch.randn(35),
+        torch.randn(4, 35),
+    )
+    sizes = ((3, 4), 2, 1)
+    y = depthwise_conv3d.depthwise_conv3d_forward(x, weight, bias, position, *sizes)
+    narrow = depthwise_conv3d.depthwise_conv3d_forward(x, weight, bias, position, *sizes, dtype)
+    assert_same_bits(narrow, y.to(dtype))
+    backward = depthwise_conv3d.depthwise_conv3d_backward
+    arguments = (x, weight, bias, position, *sizes, (True,) * 4, None)
+    assert_same_bits(backward(narrow, *arguments), backward(narrow.float(), *arguments))
 
 
 # --- Linears of a few rows --------------------------------------------------------------------------------------------

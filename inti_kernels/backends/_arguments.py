@@ -128,9 +128,14 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes microseconds to do nothing: a step has a hundred of them."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def in_wide_dtype(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     """Contiguous, in what kernels compute x's dtype in."""
-    return None if tensor is None else tensor.to(wide_dtype(x)).contiguous()
+    return None if tensor is None else as_dtype(tensor, wide_dtype(x)).contiguous()
 
 
 def taps_first(weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..reference import functional
 from . import implementation, settle
-from ._arguments import channels_contiguous, in_wide_dtype, wide_dtype
+from ._arguments import as_dtype, channels_contiguous, in_wide_dtype, wide_dtype
 from ._class_levels import ClassLevels
 
 
@@ -118,7 +118,7 @@ def inti_forward(
     there = (large, large, large and cube is not None, True, large)
     # An op's outputs may not be one tensor twice.
     kept = Kept(*(t if keep and is_kept else features.new_empty(0) for t, is_kept in zip(kept, there, strict=True)))
-    return z, weights.to(sizes.dtype), kept
+    return z, as_dtype(weights, sizes.dtype), kept
 
 
 def inti_backward(
@@ -183,7 +183,7 @@ def inti_backward(
     if need.x and shared is not buffer:
         buffer += shared
     if grad_context is not None:
-        of_class, of_levels = class_levels.backward(grad_context.to(wide_context.dtype))
+        of_class, of_levels = class_levels.backward(as_dtype(grad_context, wide_context.dtype))
         grads.update(zip((Inputs._fields[i] for i in given), of_levels, strict=True))
         if need.x:
             _add_to_class_tokens(buffer, of_class, sizes.prefix)
@@ -191,10 +191,10 @@ def inti_backward(
     if need.x and grad_x_accumulate is None:
         grads["x"] = buffer
     if need.position:
-        parts = [part.to(wide_dtype(part)) for part in positions if part is not None]
+        parts = [as_dtype(part, wide_dtype(part)) for part in positions if part is not None]
         grads["position"] = sum(parts[1:], parts[0])
     return tuple(
-        None if grads.get(name) is None or not wanted else grads[name].to(tensor.dtype)
+        None if grads.get(name) is None or not wanted else as_dtype(grads[name], tensor.dtype)
         for name, tensor, wanted in zip(Inputs._fields, inputs, needs, strict=True)
     )
 
@@ -214,12 +214,12 @@ class _Chain:
         self.inputs, self.sizes, self.backend = inputs, sizes, backend
         self.dtype = computed_in(x, sizes.dtype, backend)
         reads_both = x.dtype == torch.float32 and settle("token_features", backend, x) == "cpu"
-        self.tokens = x if reads_both else x.to(self.dtype)
+        self.tokens = x if reads_both else as_dtype(x, self.dtype)
         # The cube level of such kernels comes and goes in the products' dtype.
         self.of_cube = {"dtype": self.dtype} if reads_both else {}
-        self.norm = tuple(tensor.to(self.tokens.dtype) for tensor in (inputs.norm_weight, inputs.norm_bias))
-        self.linear = (inputs.weight.to(self.dtype), inputs.bias.to(self.dtype))
-        self.network = tuple(tensor.to(self.dtype) for tensor in inputs[HEAD])
+        self.norm = tuple(as_dtype(tensor, self.tokens.dtype) for tensor in (inputs.norm_weight, inputs.norm_bias))
+        self.linear = (as_dtype(inputs.weight, self.dtype), as_dtype(inputs.bias, self.dtype))
+        self.network = tuple(as_dtype(tensor, self.dtype) for tensor in inputs[HEAD])
         self.position = in_wide_dtype(inputs.position, x)
 
     def _module(self, op: str, x: Tensor, direction: str | None) -> ModuleType:
@@ -227,7 +227,7 @@ class _Chain:
 
     def in_dtype(self, context: Tensor | None) -> Tensor | None:
         """The frames' context as the head takes it."""
-        return None if context is None else context.to(self.dtype)
+        return None if context is None else as_dtype(context, self.dtype)
 
     def class_levels(self) -> ClassLevels:
         """In the wide dtype on the CPU: PyTorch's 16-bit products of a few rows are slow there, and the compiled module
@@ -238,7 +238,7 @@ class _Chain:
         if settle("inti", self.backend, self.inputs.x) == "cpu":
             from .cpu.class_levels import ClassLevels as kind
         return kind(
-            None if frame[0] is None else [parameter.to(dtype) for parameter in frame],
+            None if frame[0] is None else [as_dtype(parameter, dtype) for parameter in frame],
             None if convolutions[0] is None else convolutions,
             self.sizes.eps[1:],
         )
@@ -247,7 +247,7 @@ class _Chain:
         """Of x + σ·P, in the wide dtype, [B, T, C]; contiguous, since the bits of PyTorch's sums of products depend on
         the strides."""
         x, wide = self.inputs.x, wide_dtype(self.inputs.x)
-        cls = x[:, :, :1].to(wide) if self.sizes.prefix else x.mean(dim=2, keepdim=True, dtype=wide)
+        cls = as_dtype(x[:, :, :1], wide) if self.sizes.prefix else x.mean(dim=2, keepdim=True, dtype=wide)
         return functional.add_position(cls, self.position)[:, :, 0].contiguous()
 
     def token_features(self, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,7 +311,7 @@ class _Chain:
         module = self._module("interpolation_head", self.inputs.x, "backward")
         return module.interpolation_head_backward(
             grad_z,
-            grad_weights.to(self.dtype),
+            as_dtype(grad_weights, self.dtype),
             features,
             None if self.inputs.cube_weight is None else kept.cube,
             context,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _class_levels, native
-from .._arguments import expect, expect_one_dtype, name_of
+from .._arguments import as_dtype, expect, expect_one_dtype, name_of
 from .._memory import empty
 from . import _few_rows
 from ._call import call
@@ -79,7 +79,7 @@ class _GlobalLevel:
         return to, grads
 
     def _shared(self) -> dict[str, object]:
-        wide = [parameter.to(self.cls.dtype).contiguous() for parameter in self.parameters]
+        wide = [as_dtype(parameter, self.cls.dtype).contiguous() for parameter in self.parameters]
         return {
             "shape": tuple(self.cls.shape),
             "dtype": name_of(self.cls.dtype),

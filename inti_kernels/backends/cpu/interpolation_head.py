@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import native
 from .._arguments import (
+    as_dtype,
     channels_contiguous,
     expect,
     expect_interpolation_head,
@@ -136,7 +137,7 @@ def interpolation_head_backward(
     inputs = width if cube is None else weight1.shape[1]
     grad_inputs = empty((features.shape[:3].numel(), inputs), features) if needs[0] or needs[1] else None
     grad_weight1 = empty(weight1.shape, features, wide) if needs[4] else None
-    matrix = weight1[:, :inputs].to(dtype)
+    matrix = as_dtype(weight1[:, :inputs], dtype)
     cut = list(chunks(count_frames, tokens, 1))
     rows = largest(cut) * tokens
     grad_hidden = empty((rows, hidden), features, dtype) if of_network else None
@@ -172,7 +173,7 @@ def interpolation_head_backward(
                 own.copy_(result)
         if grad_weight1 is not None:
             for of_columns, rows_of in _columns(grad_weight1, features, cube):
-                part = rows_of[begin:end].to(dtype)
+                part = as_dtype(rows_of[begin:end], dtype)
                 add_product_over_rows(of_columns, upstream, part, first == 0)
     sums = of_all = None
     if hidden_partials is not None:
@@ -180,18 +181,18 @@ def interpolation_head_backward(
         of_all = add_up(sums[None])[0]  # [2, h]
     grad_frame_context = None
     if frame_context is not None and (needs[2] or needs[4]):
-        rows = frame_context.to(wide).flatten(0, 1).contiguous()
+        rows = as_dtype(frame_context, wide).flatten(0, 1).contiguous()
         grad_rows = empty(rows.shape, rows) if needs[2] else None
         _few_rows.backward(
             sums[:, 0],
             _few_rows.Kept(rows),
-            weight1[:, width:].to(wide),
+            as_dtype(weight1[:, width:], wide),
             grad_x=grad_rows,
             grad_weight=grad_weight1[:, width:] if needs[4] else None,
             accumulate=cube is not None,
         )
         if needs[2]:
-            grad_frame_context = grad_rows.to(frame_context.dtype).view(frame_context.shape)
+            grad_frame_context = as_dtype(grad_rows, frame_context.dtype).view(frame_context.shape)
     total = grad_difference.sum()
     grad_position = None
     if needs[8]:
@@ -202,7 +203,7 @@ def interpolation_head_backward(
         grad_inputs[:, width:].view(cube.shape) if needs[1] else None,
         grad_frame_context,
         None if grad_x_accumulate is not None else grad_x,
-        None if grad_weight1 is None else grad_weight1.to(weight1.dtype),
+        None if grad_weight1 is None else as_dtype(grad_weight1, weight1.dtype),
         of_all[0].to(bias1.dtype, copy=True) if needs[5] else None,
         torch.stack((of_all[1], -of_all[1])).to(weight2.dtype) if needs[6] else None,
         torch.stack((total, -total)).to(bias2.dtype) if needs[7] else None,
@@ -231,13 +232,13 @@ class _FirstLinear:
         self.frames, self.tokens = features.shape[0] * features.shape[1], features.shape[2]
         self.features = features.flatten(0, 2)
         self.cube = None if cube is None else cube.flatten(0, 2)
-        self.matrix = weight1.to(self.dtype)
+        self.matrix = as_dtype(weight1, self.dtype)
         self.of_features, self.of_context = self.matrix[:, :width].t(), self.matrix[:, width:].t()
         self.frame_bias = in_wide_dtype(bias1, features)
         if frame_context is not None:
             wide = wide_dtype(features)
-            rows = frame_context.to(wide).flatten(0, 1).contiguous()
-            self.frame_bias, _ = _few_rows.forward(rows, weight1[:, width:].to(wide), self.frame_bias)
+            rows = as_dtype(frame_context, wide).flatten(0, 1).contiguous()
+            self.frame_bias, _ = _few_rows.forward(rows, as_dtype(weight1[:, width:], wide), self.frame_bias)
 
     def bias_of_frames(self) -> dict[str, object]:
         """``frame_bias`` as the compiled module takes it."""
@@ -278,9 +279,9 @@ class _FirstLinear:
         for first, count in cut:
             begin, end = first * self.tokens, (first + count) * self.tokens
             out = preactivation.flatten(0, 2)[begin:end] if inside else fresh[: end - begin]
-            out = product(self.features[begin:end].to(self.dtype), self.of_features, out)
+            out = product(as_dtype(self.features[begin:end], self.dtype), self.of_features, out)
             if self.cube is not None:
-                add_product(out, self.cube[begin:end].to(self.dtype), self.of_context)
+                add_product(out, as_dtype(self.cube[begin:end], self.dtype), self.of_context)
             yield first, count, out
 
 

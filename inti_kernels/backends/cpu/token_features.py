@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import native
 from .._arguments import (
+    as_dtype,
     channels_contiguous,
     expect,
     expect_one_dtype,
@@ -55,7 +56,7 @@ def token_features_forward(
             "token_features_forward",
             **_shape(x, weight, dtype, 0, batch * frames),
             **norm,
-            weight=weight.to(dtype).contiguous(),
+            weight=as_dtype(weight, dtype).contiguous(),
             bias=wide_bias,
             features=features,
             preactivation=preactivation,
@@ -84,7 +85,7 @@ def _forward_in_passes(
     normalized = empty((rows, dim), weight, dtype)
     # What is kept is written where the product was, if both are of one dtype.
     products = empty((rows, width), weight, dtype) if not keep or dtype != weight.dtype else None
-    matrix = weight.to(dtype).t()
+    matrix = as_dtype(weight, dtype).t()
     for first, count in cut:
         shape, begin, end = _shape(x, weight, dtype, first, count), first * tokens, (first + count) * tokens
         call("token_features_normalize", **shape, **norm, have_statistics=False, normalized=normalized)
@@ -158,7 +159,7 @@ def token_features_backward(
     rows = largest(cut) * tokens
     grad_preactivation, normalized = empty((rows, width), weight, dtype), empty((rows, dim), weight, dtype)
     norm = _norm(x, position, norm_weight, norm_bias, eps, statistics)
-    matrix = weight.to(dtype)
+    matrix = as_dtype(weight, dtype)
     for first, count in cut:
         shape, size = _shape(x, weight, dtype, first, count), count * tokens
         call(
@@ -194,7 +195,7 @@ def token_features_backward(
         None if grad_x_accumulate is not None else grad_x,
         of_norm_parameters[0].to(norm_weight.dtype, copy=True) if needs[1] else None,
         of_norm_parameters[1].to(norm_bias.dtype, copy=True) if needs[2] else None,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_weight is None else as_dtype(grad_weight, weight.dtype),
         add_up(bias_partials)[0].to(bias.dtype) if needs[4] else None,
         grad_position.to(position.dtype, copy=True) if needs[5] else None,
     )
