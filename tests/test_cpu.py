@@ -32,6 +32,12 @@ HALVES = (torch.bfloat16, torch.float16)
 DRAWS = 12  # enough for the two numbers of bias2; the default takes 32
 
 
+def multiply_by_kernel(patch: pytest.MonkeyPatch, condition: Callable[[torch.dtype], bool]) -> None:
+    """Has the compiled module multiply in the dtypes of a condition, and PyTorch in the others, on any processor."""
+    patch.setattr(_products, "by_kernel", condition)
+    patch.setattr(_products, "in_one_pass", condition)
+
+
 # --- GELU -------------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +175,7 @@ def test_a_head_whose_matrix_has_no_numbers(
     width: int, hidden: int, context: tuple[str, ...], by_kernel: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without features or a hidden layer; forward alone, and what is kept for the backward."""
-    monkeypatch.setattr(_products, "by_kernel", lambda dtype: by_kernel)
+    multiply_by_kernel(monkeypatch, lambda dtype: by_kernel)
     inputs = {
         "features": (2, 3, 5, width), "cube": (2, 3, 5, 7) if "cube" in context else None,
         "frame_context": (2, 3, 7) if "frame" in context else None, "x": (2, 6, 5, 7),
@@ -189,7 +195,7 @@ def test_a_head_whose_matrix_has_no_numbers(
 
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_a_token_level_without_features(by_kernel: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_products, "by_kernel", lambda dtype: by_kernel)
+    multiply_by_kernel(monkeypatch, lambda dtype: by_kernel)
     inputs, kwargs = TOKEN.case()
     inputs |= {"weight": inputs["weight"][:0], "bias": inputs["bias"][:0]}
     inputs = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
@@ -203,7 +209,7 @@ def test_a_token_level_without_features(by_kernel: bool, backend: str, monkeypat
 def test_products_by_onednn(subject: Subject, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on AMD's processors with AVX-512."""
     monkeypatch.setattr(_products, "BY_ONEDNN", torch.backends.mkldnn.is_available())
-    monkeypatch.setattr(_call, "ROWS", 20)
+    monkeypatch.setattr(_call, "ROWS", dict.fromkeys(_call.ROWS, 20))
     case = subject.case(dim=33, grid=(3, 4))
     assert_close_three_way(three_way(subject.name, *case, backend=kernels, draws=DRAWS))
     op_suite.no_clips(subject)
@@ -214,7 +220,7 @@ def products_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on AMD's processors with AVX2 and no more, and there with 16-bit networks too."""
     wide = dict.fromkeys(HALVES, torch.float32)
     monkeypatch.setattr(_products, "product_dtype", lambda dtype: wide.get(dtype, dtype))
-    monkeypatch.setattr(_products, "by_kernel", lambda dtype: dtype == torch.float32)
+    multiply_by_kernel(monkeypatch, lambda dtype: dtype == torch.float32)
 
 
 @SUBJECTS
@@ -351,22 +357,23 @@ def test_what_is_multiplied_in_what() -> None:
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("tokens", [5, 197, 3000])
 @pytest.mark.parametrize("frames", [0, 2, 16, 34])
-def test_chunks_cover_all_frames_once(frames: int, tokens: int, step: int, halve: bool) -> None:
-    cut = list(_call.chunks(frames, tokens, step, halve=halve))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_cover_all_frames_once(frames: int, tokens: int, step: int, halve: bool, dtype: torch.dtype) -> None:
+    cut, rows = list(_call.chunks(frames, tokens, step, dtype, halve=halve)), _call.ROWS[dtype.itemsize]
     assert [frame for first, count in cut for frame in range(first, first + count)] == list(range(frames))
     assert all(first % step == 0 for first, _ in cut)
     largest = _call.largest(cut)
-    assert largest * tokens <= _call.ROWS or largest == step
+    assert largest * tokens <= rows or largest == step
     if halve:
         assert frames <= step or largest <= (frames + 1) // 2
     else:
-        assert largest == min(frames, max(_call.ROWS // tokens // step * step, step))
+        assert largest == min(frames, max(rows // tokens // step * step, step))
 
 
 @SUBJECTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_chunks(subject: Subject, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_call, "ROWS", 1)
+    monkeypatch.setattr(_call, "ROWS", dict.fromkeys(_call.ROWS, 1))
     case = subject.case(dtype, frames=6, dim=20)
     assert_close_three_way(three_way(subject.name, *case, backend=backend, draws=DRAWS))
 
@@ -413,8 +420,8 @@ def test_the_first_linear_alone(
     dtype: torch.dtype, by_kernel: bool, context: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bits that the forward keeps."""
-    monkeypatch.setattr(_products, "by_kernel", lambda product: by_kernel and product == torch.float32)
-    monkeypatch.setattr(_call, "ROWS", 10)
+    multiply_by_kernel(monkeypatch, lambda dtype: by_kernel and dtype == torch.float32)
+    monkeypatch.setattr(_call, "ROWS", dict.fromkeys(_call.ROWS, 10))
     inputs, _ = HEAD.case(dtype, dim=40, context=context)
     values = list(inputs.values())
     *_, kept = interpolation_head.interpolation_head_forward(*values, True)

@@ -138,7 +138,7 @@ def interpolation_head_backward(
     grad_inputs = empty((features.shape[:3].numel(), inputs), features) if needs[0] or needs[1] else None
     grad_weight1 = empty(weight1.shape, features, wide) if needs[4] else None
     matrix = as_dtype(weight1[:, :inputs], dtype)
-    cut = list(chunks(count_frames, tokens, 1))
+    cut = list(chunks(count_frames, tokens, 1, dtype))
     rows = largest(cut) * tokens
     grad_hidden = empty((rows, hidden), features, dtype) if of_network else None
     results = empty((rows, inputs), features, dtype) if grad_inputs is not None and dtype != features.dtype else None
@@ -272,7 +272,7 @@ class _FirstLinear:
     def products(self, preactivation: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
         """(first frame, count, the products [count·N, h] less the frame's bias): inside ``preactivation`` [B, T/2, N,
         h] where there is one of the products' dtype, else in memory that the next chunk has too."""
-        cut = list(chunks(self.frames, self.tokens, 1, halve=preactivation is None))
+        cut = list(chunks(self.frames, self.tokens, 1, self.dtype, halve=preactivation is None))
         hidden = self.of_features.shape[1]
         inside = preactivation is not None and preactivation.dtype == self.dtype
         fresh = None if inside else empty((largest(cut) * self.tokens, hidden), self.features, self.dtype)

@@ -80,7 +80,7 @@ def _forward_in_passes(
     """A part of the frames at a time: normalised, multiplied, activated."""
     batch, frames, tokens, dim = x.shape
     keep, width, dtype = preactivation is not None, weight.shape[0], _products.product_dtype(weight.dtype)
-    cut = list(chunks(batch * frames, tokens, 2, halve=not keep))
+    cut = list(chunks(batch * frames, tokens, 2, dtype, halve=not keep))
     rows = largest(cut) * tokens
     normalized = empty((rows, dim), weight, dtype)
     # What is kept is written where the product was, if both are of one dtype.
@@ -155,7 +155,7 @@ def token_features_backward(
     bias_partials = empty((1, batch * frames * blocks, width), x, wide) if needs[4] else None
     norm_partials = empty((batch * frames, blocks, 3, dim), x, wide) if of_norm else None
     grad_weight = empty(weight.shape, weight, wide) if needs[3] else None
-    cut = list(chunks(batch * frames, tokens, 2))
+    cut = list(chunks(batch * frames, tokens, 2, dtype))
     rows = largest(cut) * tokens
     grad_preactivation, normalized = empty((rows, width), weight, dtype), empty((rows, dim), weight, dtype)
     norm = _norm(x, position, norm_weight, norm_bias, eps, statistics)
