@@ -33,7 +33,7 @@ BY_ONEDNN = _mkl_is_slow()
 # threads, operands in memory: [3152, 768]·[768, 384] 160 GFLOP/s instead of 126, [1576, 1536]·[1536, 768] 169 instead
 # of 138, [1576, 768]·[768, 1536] 161 instead of 136, the gradients of the weights 164 and 144 instead of 165 and 141.
 BY_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
-# With AVX-512 on Intel's they are as fast as MKL's, but for the gradients of the weights. Measured on a Xeon (Sapphire
+# With AVX-512 on Intel's they are as fast as MKL's, but for the gradients of the weights. Measured on a Xeon (Emerald
 # Rapids), two threads: in one pass the module's forward took 29.8 and 33.2 ms instead of 30.4 and 34.8.
 IN_ONE_PASS = torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_amd()
 
