@@ -82,8 +82,8 @@ inti::DepthwiseConv3dShape depthwise_conv3d_shape(const std::array<int64_t, 7>& 
 }
 
 void depthwise_conv3d_forward(const std::array<int64_t, 7>& shape, int kernel_space,
-                              const std::array<std::string, 2>& types, int threads, Address x, const StrideArray& x_strides, Address weight, Address bias,
-                              Address position, Address y) {
+                              const std::array<std::string, 2>& types, int threads, Address x,
+                              const StrideArray& x_strides, Address weight, Address bias, Address position, Address y) {
   inti::DepthwiseConv3dForward p{};
   p.shape = depthwise_conv3d_shape(shape, kernel_space, types, threads);
   p.x = pointer(x);
@@ -96,8 +96,9 @@ void depthwise_conv3d_forward(const std::array<int64_t, 7>& shape, int kernel_sp
 }
 
 void depthwise_conv3d_backward(const std::array<int64_t, 7>& shape, int kernel_space,
-                               const std::array<std::string, 2>& types, int threads, Address x, const StrideArray& x_strides, Address weight, Address position,
-                               Address grad_y, const StrideArray& grad_y_strides, Address grad_x, bool accumulate,
+                               const std::array<std::string, 2>& types, int threads, Address x,
+                               const StrideArray& x_strides, Address weight, Address position, Address grad_y,
+                               const StrideArray& grad_y_strides, Address grad_x, bool accumulate,
                                Address grad_position, Address position_partials, Address grad_weight,
                                Address weight_partials) {
   inti::DepthwiseConv3dBackward p{};

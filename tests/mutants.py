@@ -87,6 +87,8 @@ MUTANTS = {
         ("the bias's gradient misses a column", "for (int i = 0; i < tile.columns; ++i) sum +=", "for (int i = 1; i < tile.columns; ++i) sum +="),
         ("the ring's row is another one", "slots[(r + Rows) % Rows]", "slots[(r + Rows + 1) % Rows]"),
         ("a prefix token is left unwritten", "k < shape.prefix; ++k)", "k < shape.prefix - 1; ++k)"),
+        ("the result's gradient is read as x's dtype", "stage_row<Y>(grad_y,", "stage_row<T>(grad_y,"),
+        ("the result's dtype is the other one of 16 bits", "< sizeof(float)) f(x, y);", "< sizeof(float)) f(x, Type<bfloat16>{});"),
     ),
     "token_features": _mutants(
         "csrc/cpu/token_features.cpp",
@@ -374,6 +376,7 @@ MUTANTS = {
 
 # What catches them: test files, and what of them is left out. Of a suite that isn't here: tests/test_<suite>.py.
 TESTS = {
+    "depthwise_conv3d": ["tests/test_depthwise_conv3d.py", "tests/test_cpu.py"],
     "class_levels": ["tests/test_class_levels.py", "tests/test_cpu.py"],
     "gemm": ["tests/test_cpu.py"],
     "token_features": ["tests/test_token_features.py", "tests/test_cpu.py"],

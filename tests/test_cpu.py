@@ -32,9 +32,11 @@ HALVES = (torch.bfloat16, torch.float16)
 DRAWS = 12  # enough for the two numbers of bias2; the default takes 32
 
 
-def multiply_by_kernel(patch: pytest.MonkeyPatch, condition: Callable[[torch.dtype], bool]) -> None:
+def multiply_by_kernel(
+    patch: pytest.MonkeyPatch, condition: Callable[[torch.dtype], bool], *, forward_only: bool = False
+) -> None:
     """Has the compiled module multiply in the dtypes of a condition, and PyTorch in the others, on any processor."""
-    patch.setattr(_products, "by_kernel", condition)
+    patch.setattr(_products, "by_kernel", (lambda dtype: False) if forward_only else condition)
     patch.setattr(_products, "in_one_pass", condition)
 
 
@@ -208,11 +210,20 @@ def test_a_token_level_without_features(by_kernel: bool, backend: str, monkeypat
 @SUBJECTS
 def test_products_by_onednn(subject: Subject, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on AMD's processors with AVX-512."""
+    multiply_by_kernel(monkeypatch, lambda dtype: False)
     monkeypatch.setattr(_products, "BY_ONEDNN", torch.backends.mkldnn.is_available())
     monkeypatch.setattr(_call, "ROWS", dict.fromkeys(_call.ROWS, 20))
     case = subject.case(dim=33, grid=(3, 4))
     assert_close_three_way(three_way(subject.name, *case, backend=kernels, draws=DRAWS))
     op_suite.no_clips(subject)
+
+
+@SUBJECTS
+def test_a_forward_in_one_pass_alone(subject: Subject, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Intel's processors with AVX-512: all other products are PyTorch's."""
+    multiply_by_kernel(monkeypatch, lambda dtype: dtype == torch.float32, forward_only=True)
+    case = subject.case(dim=33, grid=(3, 4))
+    assert_close_three_way(three_way(subject.name, *case, backend=backend, draws=DRAWS))
 
 
 @pytest.fixture
@@ -284,20 +295,33 @@ def test_a_product_of_what_is_no_ordinary_number(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_convolution_of_float32_in_16_bits(dtype: torch.dtype, backend: str) -> None:
-    """Its result is the float32 one's, rounded; its gradients are those of what comes back, exact in float32."""
-    x, weight, bias, position = (
-        torch.randn(2, 4, 13, 35),
-        torch.randn(35, 1, 3, 3, 3),
-        torch.randn(35),
-        torch.randn(4, 35),
-    )
-    sizes = ((3, 4), 2, 1)
-    y = depthwise_conv3d.depthwise_conv3d_forward(x, weight, bias, position, *sizes)
-    narrow = depthwise_conv3d.depthwise_conv3d_forward(x, weight, bias, position, *sizes, dtype)
-    assert_same_bits(narrow, y.to(dtype))
-    backward = depthwise_conv3d.depthwise_conv3d_backward
-    arguments = (x, weight, bias, position, *sizes, (True,) * 4, None)
-    assert_same_bits(backward(narrow, *arguments), backward(narrow.float(), *arguments))
+    """Its result is the float32 one's, rounded; its gradients are those of what comes back, columns of a wider matrix,
+    and x's is added to one in float32."""
+    x, weight, bias = torch.randn(2, 4, 13, 35), torch.randn(35, 1, 3, 3, 3), torch.randn(35)
+    arguments = (x, weight, bias, torch.randn(4, 35), (3, 4), 2, 1)
+    y = depthwise_conv3d.depthwise_conv3d_forward(*arguments)
+    assert_same_bits(depthwise_conv3d.depthwise_conv3d_forward(*arguments, dtype), y.to(dtype))
+    grad_y, before = torch.randn(2, 2, 13, 40, dtype=dtype)[..., 3:38], torch.randn_like(x)
+    found = []
+    for upstream in (grad_y, grad_y.float()):
+        accumulate = before.clone()
+        grads = depthwise_conv3d.depthwise_conv3d_backward(upstream, *arguments, (True,) * 4, accumulate)
+        found.append((accumulate, *grads[1:]))
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)],
+    ids=str,
+)
+def test_a_convolution_has_no_other_pair_of_dtypes(pair: tuple[torch.dtype, torch.dtype], kernels: str) -> None:
+    x, weight, y = torch.randn(1, 2, 5, 8), torch.randn(8, 1, 3, 3, 3), torch.randn(1, 1, 5, 8)
+    arguments = (x.to(pair[0]), weight.to(pair[0]), None, None, (2, 2), 2, 1)
+    with pytest.raises(ValueError, match="16 bits beside float32"):
+        depthwise_conv3d.depthwise_conv3d_forward(*arguments, pair[1])
+    with pytest.raises(ValueError, match="16 bits beside float32"):
+        depthwise_conv3d.depthwise_conv3d_backward(y.to(pair[1]), *arguments, (True, True, False, False), None)
 
 
 # --- Linears of a few rows --------------------------------------------------------------------------------------------
@@ -383,6 +407,7 @@ def test_passes_give_the_same_bits_at_any_thread_count(
     subject: Subject, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the products, which are torch's, in one thread, and without that of the frames' context."""
+    multiply_by_kernel(monkeypatch, lambda dtype: False)
 
     def in_one_thread(run: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:

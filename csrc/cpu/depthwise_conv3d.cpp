@@ -408,13 +408,15 @@ void backward(const DepthwiseConv3dBackward& p) {
   }
 }
 
-// Calls f with the Types of x and of y.
+// Calls f with the Types of x and of y; other pairs than a convolution has never come here.
 template <class F>
 void by_dtypes(const DepthwiseConv3dShape& shape, const F& f) {
   by_dtype(shape.dtype, [&](auto x) {
     if (shape.result == shape.dtype) return f(x, x);
     if constexpr (sizeof(element_t<decltype(x)>) == sizeof(float))
-      shape.result == DType::bfloat16 ? f(x, Type<bfloat16>{}) : f(x, Type<float16>{});
+      by_dtype(shape.result, [&](auto y) {
+        if constexpr (sizeof(element_t<decltype(y)>) < sizeof(float)) f(x, y);
+      });
   });
 }
 

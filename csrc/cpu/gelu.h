@@ -53,12 +53,12 @@ INTI_INLINE Power exponential(const Vec<float>& high, const Vec<float>& low) {
 // digits, which 1 + erf would lose. What its steps of full size round off is put right at the end. Φ and φ are within
 // 2 ulp where they are normal numbers (Φ within 1.3 above 0); from -13 on both are 0. NaN stays NaN.
 //
-// Not kExact, for results that are rounded to 16 bits, leaves that out, and is within 2^-17 of them.
+// Not kExact leaves that out: Φ and φ are within 2^-17 of themselves, far below what a network of 16 bits rounds off.
 template <bool kExact>
 INTI_INLINE Normal<float> normal(const Vec<float>& x) {
   Vec<float> t = bits_as<Vec<float>>(bits_as<Uint32s>(x) & 0x7fffffff);
   t = t > 14.0f ? Vec<float>{} + 14.0f : t;  // a comparison with NaN is false
-  // The square of 12 bits is exact; the rest is the small part.
+  // If exact: the square of 12 bits is, and the rest is the small part.
   const Vec<float> high = kExact ? upper_half(t) : t;
   const Power e = exponential(-0.5f * high * high, kExact ? -0.5f * (t - high) * (t + high) : Vec<float>{});
   const Vec<float> scale = t > 13.0f ? Vec<float>{} : e.scale;
@@ -99,7 +99,7 @@ struct Gelu {
   Vec<A> value, slope;
 };
 
-// N is what the result is stored in.
+// N is the network's dtype.
 template <class N>
 INTI_INLINE Gelu<wide_t<N>> gelu(const Vec<wide_t<N>>& x) {
   const Normal<wide_t<N>> at = normal<sizeof(N) == sizeof(wide_t<N>)>(x);

@@ -23,7 +23,8 @@ constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes<float>;
 
 // Terms that are added up in one go: as many of a panel of columns as fill half of a first cache of 32 KB, or with
-// AVX-512 two thirds of one of 48 KB; and sums of sums lose less than one long sum. Of the cuts in here the only one that the bits of a result depend on.
+// AVX-512 two thirds of one of 48 KB; and sums of sums lose less than one long sum. Of the cuts in here the only one
+// that the bits of a result depend on.
 constexpr int64_t kTerms = (kVectorBytes == 64 ? 8192 : 4096) / kTileColumns;
 
 // Rows of a block, where they are short.

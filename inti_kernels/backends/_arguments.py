@@ -63,6 +63,12 @@ def expect_convolution(
         )
 
 
+def expect_result_dtype(x: Tensor, dtype: torch.dtype) -> None:
+    """`expect` for a convolution's result and its gradient: of x's dtype, or of 16 bits where x has 32."""
+    if dtype != x.dtype and not (x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
+        raise ValueError(f"expected {x.dtype}, or 16 bits beside float32, got {dtype} beside {x.dtype}")
+
+
 def expect_token_features(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None
 ) -> None:

@@ -215,8 +215,8 @@ class _Chain:
         self.dtype = computed_in(x, sizes.dtype, backend)
         reads_both = x.dtype == torch.float32 and settle("token_features", backend, x) == "cpu"
         self.tokens = x if reads_both else as_dtype(x, self.dtype)
-        # The cube level of such kernels comes and goes in the products' dtype.
-        self.of_cube = {"dtype": self.dtype} if reads_both else {}
+        # Such kernels' cube level comes and goes in the products' dtype.
+        self.dtype_of_cube = {"dtype": self.dtype} if reads_both else {}
         self.norm = tuple(as_dtype(tensor, self.tokens.dtype) for tensor in (inputs.norm_weight, inputs.norm_bias))
         self.linear = (as_dtype(inputs.weight, self.dtype), as_dtype(inputs.bias, self.dtype))
         self.network = tuple(as_dtype(tensor, self.dtype) for tensor in inputs[HEAD])
@@ -262,7 +262,7 @@ class _Chain:
         module = self._module("depthwise_conv3d", self.tokens, "forward")
         parameters = (self.inputs.cube_weight, self.inputs.cube_bias, self.position)
         sizes = (self.sizes.grid, 2, self.sizes.prefix)
-        return module.depthwise_conv3d_forward(self.tokens, *parameters, *sizes, **self.of_cube)
+        return module.depthwise_conv3d_forward(self.tokens, *parameters, *sizes, **self.dtype_of_cube)
 
     def head(
         self, features: Tensor, cube: Tensor | None, context: Tensor | None, keep: bool

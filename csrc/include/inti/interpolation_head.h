@@ -1,6 +1,6 @@
 // interpolation_head: Linear over [features ; cube + frame_context] → GELU → difference of two logits → interpolation;
 // and back. These are the passes behind the first Linear's matrix products, which are PyTorch's; and forward with the
-// product, where PyTorch's is slow.
+// product, where that is faster.
 #pragma once
 
 #include "inti/product.h"

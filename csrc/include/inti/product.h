@@ -1,5 +1,6 @@
-// Matrix products in float32, for processors on which PyTorch's are slow: AMD's with AVX2 and no more. With AVX-512 they
-// are as fast as PyTorch's, and a forward's are taken for what stands around them. The baseline's are there for tests.
+// Matrix products in float32, for processors on which PyTorch's are slow: AMD's with AVX2 and no more. With AVX-512
+// they are as fast as PyTorch's, and a forward's are taken for what stands around them. The baseline's are there for
+// tests.
 #pragma once
 
 #include <cstdint>

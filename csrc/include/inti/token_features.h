@@ -1,5 +1,5 @@
 // token_features: LayerNorm → Linear → GELU of every token, written as concatenated pairs; and back. These are the
-// passes before and after the Linear's matrix products, which are PyTorch's; and all in one, where PyTorch's are slow.
+// passes before and after the Linear's matrix products, which are PyTorch's; and all in one, where that is faster.
 #pragma once
 
 #include "inti/token_blocks.h"

@@ -12,19 +12,22 @@ from .._memory import empty
 from ._call import call
 
 
-def _is_amd() -> bool:
+def _vendor_is(name: str) -> bool:
     try:
         with open("/proc/cpuinfo") as file:
-            return "AuthenticAMD" in file.read(512)
+            return name in file.read(512)
     except OSError:
         return False
+
+
+AMD, INTEL = _vendor_is("AuthenticAMD"), _vendor_is("GenuineIntel")
 
 
 def _mkl_is_slow() -> bool:
     """MKL, which torch.mm calls in float32, makes no use of AVX-512 on AMD's processors; oneDNN, which convolutions
     call, does. Measured on an EPYC (Zen 5) at [1576, 1536]·[1536, 768], two threads: 391 GFLOP/s instead of 186
     forward, 395 instead of 182 and 326 instead of 180 in the two products of the backward."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_amd()
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and AMD
 
 
 BY_ONEDNN = _mkl_is_slow()
@@ -32,10 +35,11 @@ BY_ONEDNN = _mkl_is_slow()
 # is in the caches, and what comes before and behind them takes no pass of its own. Measured on an EPYC (Zen 3), two
 # threads, operands in memory: [3152, 768]·[768, 384] 160 GFLOP/s instead of 126, [1576, 1536]·[1536, 768] 169 instead
 # of 138, [1576, 768]·[768, 1536] 161 instead of 136, the gradients of the weights 164 and 144 instead of 165 and 141.
-BY_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
+BY_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX2" and AMD
 # With AVX-512 on Intel's they are as fast as MKL's, but for the gradients of the weights. Measured on a Xeon (Emerald
-# Rapids), two threads: in one pass the module's forward took 29.8 and 33.2 ms instead of 30.4 and 34.8.
-IN_ONE_PASS = torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_amd()
+# Rapids), two threads: in one pass the module's forward took 29.8 and 33.2 ms instead of 30.4 and 34.8. Those with
+# a first cache of 32 KB, before Ice Lake, were not measured.
+IN_ONE_PASS = torch.backends.cpu.get_cpu_capability() == "AVX512" and INTEL
 
 
 @lru_cache
@@ -127,8 +131,8 @@ def multiply(a: Tensor, b: Tensor, to: Tensor, *, accumulate: bool) -> None:
 
 
 def by_kernel(dtype: torch.dtype) -> bool:
-    """Whether the compiled module multiplies in a dtype. INTI_CPU may have forced an instruction set by which it is
-    slow."""
+    """Whether products of their own are the compiled module's in a dtype. INTI_CPU may have forced an instruction set
+    by which it is slow."""
     return BY_KERNEL and dtype == torch.float32 and native.cpu_isa() == "avx2"
 
 

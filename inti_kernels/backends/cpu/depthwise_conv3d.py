@@ -12,6 +12,7 @@ from .._arguments import (
     channels_contiguous,
     expect,
     expect_convolution,
+    expect_result_dtype,
     gradient_buffer,
     in_wide_dtype,
     name_of,
@@ -36,6 +37,7 @@ def depthwise_conv3d_forward(
     """y is of ``dtype``: x's if None, or of 16 bits where x has 32."""
     batch, frames, tokens, dim = x.shape
     expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
+    expect_result_dtype(x, dtype or x.dtype)
     x = channels_contiguous(x, "depthwise_conv3d")
     taps, bias, position = in_wide_dtype(taps_first(weight), x), in_wide_dtype(bias, x), in_wide_dtype(position, x)
     y = empty((batch, frames // temporal_stride, tokens, dim), x, dtype)
@@ -70,6 +72,7 @@ def depthwise_conv3d_backward(
     module = native.load()
     expect_convolution(x, weight, bias, position, grid, temporal_stride, prefix)
     expect(x, (grad_y, (batch, frames // temporal_stride, tokens, dim)))
+    expect_result_dtype(x, grad_y.dtype)
     x, grad_y = channels_contiguous(x, "depthwise_conv3d"), channels_contiguous(grad_y)
     taps, wide_position = in_wide_dtype(taps_first(weight), x), in_wide_dtype(position, x)
     grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)

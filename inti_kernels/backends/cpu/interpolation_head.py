@@ -1,5 +1,5 @@
 """interpolation_head on the CPU kernels: PyTorch's products of the first Linear, and one pass over the token pairs
-behind them; or, where those products are slow, one kernel for the whole forward. See
+behind them; or, where that is faster, one kernel for the whole forward. See
 csrc/include/inti/interpolation_head.h.
 
 Features and cube are multiplied one after the other, into the same sums: their concatenation is never written. What the

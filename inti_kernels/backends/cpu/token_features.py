@@ -1,4 +1,4 @@
-"""token_features on the CPU kernels: passes around products of PyTorch's or, where those are slow, one kernel for the
+"""token_features on the CPU kernels: passes around products of PyTorch's or, where that is faster, one kernel for the
 whole forward. See csrc/include/inti/token_features.h.
 
 The passes and products take a part of the frames at a time, so that the normalised tokens never stand in memory whole,
