@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -80,10 +81,10 @@ def variants() -> list[str]:
     return [f"cpu-{isa}" for isa in ([forced] if forced else native.load().cpu_isas())]
 
 
-@pytest.fixture(params=variants())
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a backend; while the test runs, it is in the state that the variant names."""
-    name, _, isa = request.param.partition("-")
+@contextmanager
+def state_of(variant: str) -> Iterator[str]:
+    """The name of a variant's backend, in the state that the variant names."""
+    name, _, isa = variant.partition("-")
     if not isa:
         yield name
         return
@@ -92,6 +93,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     module.set_cpu_isa(isa)
     yield name
     module.set_cpu_isa(before)
+
+
+@pytest.fixture(params=variants())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend; while the test runs, it is in the state that the variant names."""
+    with state_of(request.param) as name:
+        yield name
 
 
 @pytest.fixture(params=[UNDER_TEST])

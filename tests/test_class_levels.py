@@ -3,8 +3,11 @@ the reference; on a GPU the frame level runs in 16 bits, which is tried here on 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from conftest import state_of, variants
 from op_subject import assert_same_bits
 from torch import Tensor
 
@@ -17,10 +20,17 @@ from inti_kernels.testing import assert_close_three_way, op_cases, three_way
 pytestmark = pytest.mark.only_under_test("cpu")
 
 EPS = (1e-5, 1e-3)
-BOTH = pytest.mark.parametrize(
-    "kind", [_class_levels.ClassLevels, class_levels.ClassLevels], ids=["in PyTorch", "by the module"]
-)
 LEVELS = [(True, True), (True, False), (False, True)]
+
+
+@pytest.fixture(params=["in PyTorch", *variants()])
+def kind(request: pytest.FixtureRequest) -> Iterator[type]:
+    """What computes the levels: PyTorch, or the compiled module by each instruction set."""
+    if request.param == "in PyTorch":
+        yield _class_levels.ClassLevels
+        return
+    with state_of(request.param):
+        yield class_levels.ClassLevels
 
 
 def parameters(frames: int, dtype: torch.dtype, dim: int = 12) -> tuple[list[Tensor], list[Tensor]]:
@@ -55,14 +65,13 @@ def computed(
     return [context, of_cls, *of_parameters]
 
 
-@BOTH
 @pytest.mark.parametrize("which", LEVELS, ids=["both", "frame", "global"])
 @pytest.mark.parametrize(
     ("batch", "frames", "dim"), [(0, 4, 12), (1, 2, 6), (2, 4, 12), (3, 6, 12), (3, 10, 140), (2, 14, 140)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_levels_and_their_derivatives(
-    batch: int, frames: int, dim: int, dtype: torch.dtype, which: tuple[bool, bool], kind: type, backend: str
+    batch: int, frames: int, dim: int, dtype: torch.dtype, which: tuple[bool, bool], kind: type
 ) -> None:
     """Of 6, 10 and 14 frames a pooling leaves one without a neighbour."""
     frame, convolutions = (
@@ -74,8 +83,7 @@ def test_levels_and_their_derivatives(
     torch.testing.assert_close(computed(kind, cls, frame, convolutions, grad), right, **bound)
 
 
-@BOTH
-def test_of_equal_neighbours_the_first_counts(kind: type, backend: str) -> None:
+def test_of_equal_neighbours_the_first_counts(kind: type) -> None:
     """Frames that are all the same, and convolutions that leave them so: nothing but ties."""
     _, convolutions = parameters(8, torch.float64)
     with torch.no_grad():
@@ -85,9 +93,8 @@ def test_of_equal_neighbours_the_first_counts(kind: type, backend: str) -> None:
     torch.testing.assert_close(computed(kind, cls, None, convolutions, grad), wanted(cls, None, convolutions, grad))
 
 
-@BOTH
 @pytest.mark.parametrize("frame", range(4))
-def test_nan_comes_out_where_the_reference_has_it(frame: int, kind: type, backend: str) -> None:
+def test_nan_comes_out_where_the_reference_has_it(frame: int, kind: type) -> None:
     _, convolutions = parameters(4, torch.float64)
     cls, grad = torch.randn(2, 4, 12).double(), torch.randn(2, 2, 12).double()
     cls[0, frame, 3] = float("nan")
@@ -96,8 +103,7 @@ def test_nan_comes_out_where_the_reference_has_it(frame: int, kind: type, backen
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
-@BOTH
-def test_a_pooling_takes_nan_wherever_it_stands(kind: type, backend: str) -> None:
+def test_a_pooling_takes_nan_wherever_it_stands(kind: type) -> None:
     """A tap that is NaN makes all frames NaN but the first, which has no neighbour before it."""
     _, convolutions = parameters(2, torch.float64)
     with torch.no_grad():
