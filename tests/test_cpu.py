@@ -113,15 +113,15 @@ def test_gelu_of_16_bits_is_the_nearest_number(dtype: torch.dtype, backend: str)
     x = x[x.isfinite()]
     wide = x.double()
     cdf = 0.5 * torch.special.erfc(-wide * 0.5**0.5)
-    for actual, exact, deepest in (
-        (gelu(x), wide * cdf, -12.9),
-        (slope(x), cdf + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi), -12.9),
+    for actual, exact in (
+        (gelu(x), wide * cdf),
+        (slope(x), cdf + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)),
     ):
         # In units of the last place, no smaller than that of the smallest normal number.
         _, exponent = torch.frexp(exact)
         smallest = torch.frexp(torch.tensor(torch.finfo(dtype).tiny)).exponent
         unit = torch.exp2(exponent.clamp(min=int(smallest)).double()) * torch.finfo(dtype).eps / 2
-        error = ((actual.double() - exact).abs() / unit)[x > deepest]
+        error = ((actual.double() - exact).abs() / unit)[x > -12.9]
         assert float(error.max()) <= 0.5 + 2**-5
 
 

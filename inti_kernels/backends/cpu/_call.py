@@ -1,8 +1,8 @@
 """What every call of the compiled module gets: tensors as addresses, PyTorch's number of threads.
 
 PyTorch allocates everything, workspaces too. What is small beside the tokens (logits, weights, taps, positions) is
-converted in Python to the kernels' working dtype, so that the kernels have one instantiation for each dtype of the
-tokens.
+converted in Python to the kernels' working dtype, so that the kernels have instantiations for the dtypes of what is
+large alone.
 """
 
 from __future__ import annotations
