@@ -300,96 +300,95 @@ inti::FewRowsShape few_rows_shape(const std::array<int64_t, 3>& s, const std::st
   return {s[0], s[1], s[2], dtype(type), threads};
 }
 
+// A Linear, as the head has it; the layers of the frame level are called by class_levels.
 void few_rows_forward(const std::array<int64_t, 3>& shape, const std::string& type, int threads, Address x,
-                      Address norm_weight, Address norm_bias, double eps, Address statistics, Address normalized,
-                      Address weight, int64_t weight_pitch, Address bias, Address preactivation, Address y) {
+                      Address weight, int64_t weight_pitch, Address bias, Address y) {
   inti::FewRowsForward p{};
   p.shape = few_rows_shape(shape, type, threads);
   p.x = pointer(x);
-  p.norm_weight = pointer(norm_weight);
-  p.norm_bias = pointer(norm_bias);
-  p.eps = eps;
-  p.statistics = pointer(statistics);
-  p.normalized = pointer(normalized);
   p.weight = pointer(weight);
   p.weight_pitch = weight_pitch;
   p.bias = pointer(bias);
-  p.preactivation = pointer(preactivation);
-  p.y = pointer(y);
+  p.preactivation = pointer(y);
   call(inti::cpu_kernels().few_rows_forward, p);
 }
 
 void few_rows_backward(const std::array<int64_t, 3>& shape, const std::string& type, int threads, Address grad_y,
-                       int64_t grad_y_pitch, Address preactivation, Address x, Address norm_weight, Address statistics,
-                       Address linear_input, Address weight, int64_t weight_pitch, Address grad_x,
-                       Address grad_norm_weight, Address grad_norm_bias, Address grad_weight, int64_t grad_weight_pitch,
-                       bool accumulate, Address grad_bias, Address grad_preactivation, Address grad_normalized) {
+                       int64_t grad_y_pitch, Address x, Address weight, int64_t weight_pitch, Address grad_x,
+                       Address grad_weight, int64_t grad_weight_pitch, bool accumulate, Address grad_bias,
+                       Address grad_preactivation) {
   inti::FewRowsBackward p{};
   p.shape = few_rows_shape(shape, type, threads);
   p.grad_y = pointer(grad_y);
   p.grad_y_pitch = grad_y_pitch;
-  p.preactivation = pointer(preactivation);
   p.x = pointer(x);
-  p.norm_weight = pointer(norm_weight);
-  p.statistics = pointer(statistics);
-  p.linear_input = pointer(linear_input);
   p.weight = pointer(weight);
   p.weight_pitch = weight_pitch;
   p.grad_x = pointer(grad_x);
-  p.grad_norm_weight = pointer(grad_norm_weight);
-  p.grad_norm_bias = pointer(grad_norm_bias);
   p.grad_weight = pointer(grad_weight);
   p.grad_weight_pitch = grad_weight_pitch;
   p.accumulate = accumulate;
   p.grad_bias = pointer(grad_bias);
   p.grad_preactivation = pointer(grad_preactivation);
-  p.grad_normalized = pointer(grad_normalized);
   call(inti::cpu_kernels().few_rows_backward, p);
 }
 
-// One of each of the global level's convolutions.
-using Addresses = std::array<Address, inti::kGlobalConvolutions>;
+template <size_t n>
+using Addresses = std::array<Address, n>;
 
-template <class T>
-void pointers(const Addresses& addresses, T** to) {
+template <size_t n, class T>
+void pointers(const Addresses<n>& addresses, T** to) {
   std::transform(addresses.begin(), addresses.end(), to, pointer<T>);
 }
 
-// shape: (batch, frames, dim)
-inti::GlobalLevelShape global_level_shape(const std::array<int64_t, 3>& s, const std::string& type, int threads) {
-  return {s[0], s[1], s[2], dtype(type), threads};
-}
+using FrameAddresses = Addresses<inti::kFrameParameters>;
+using GlobalAddresses = Addresses<inti::kGlobalParameters>;
 
-void global_level_forward(const std::array<int64_t, 3>& shape, const std::string& type, int threads, Address x,
-                          const Addresses& weights, const Addresses& biases, Address context, bool accumulate,
-                          Address workspace) {
-  inti::GlobalLevelForward p{};
-  p.shape = global_level_shape(shape, type, threads);
+// shape: (batch, frames, dim, half); dtypes: of x and of the rest
+inti::ClassLevels class_levels(const std::array<int64_t, 4>& s, const std::array<std::string, 2>& types, int threads,
+                               Address x, const std::array<int64_t, 2>& x_strides, Address position,
+                               const FrameAddresses& frame, const GlobalAddresses& convolutions,
+                               const std::array<double, 2>& eps, Address workspace) {
+  inti::ClassLevels p{};
+  p.shape = {s[0], s[1], s[2], s[3], dtype(types[0]), dtype(types[1]), threads};
   p.x = pointer(x);
-  pointers(weights, p.weights);
-  pointers(biases, p.biases);
-  p.context = pointer(context);
-  p.accumulate = accumulate;
+  p.x_strides = {x_strides[0], x_strides[1], 0};
+  p.position = pointer(position);
+  pointers(frame, p.frame);
+  pointers(convolutions, p.convolutions);
+  std::copy(eps.begin(), eps.end(), p.eps);
   p.workspace = pointer(workspace);
-  call(inti::cpu_kernels().global_level_forward, p);
+  return p;
 }
 
-void global_level_backward(const std::array<int64_t, 3>& shape, const std::string& type, int threads, Address x,
-                           const Addresses& weights, const Addresses& biases, Address grad_context, Address grad_x,
-                           bool accumulate, const Addresses& grad_weights, const Addresses& grad_biases,
-                           Address workspace) {
-  inti::GlobalLevelBackward p{};
-  p.shape = global_level_shape(shape, type, threads);
-  p.x = pointer(x);
-  pointers(weights, p.weights);
-  pointers(biases, p.biases);
+void class_levels_forward(const std::array<int64_t, 4>& shape, const std::array<std::string, 2>& types, int threads,
+                          Address x, const std::array<int64_t, 2>& x_strides, Address position,
+                          const FrameAddresses& frame, const GlobalAddresses& convolutions,
+                          const std::array<double, 2>& eps, Address workspace, Address frame_preactivation,
+                          Address pair_preactivation, Address context) {
+  inti::ClassLevelsForward p{};
+  p.levels = class_levels(shape, types, threads, x, x_strides, position, frame, convolutions, eps, workspace);
+  p.frame_preactivation = pointer(frame_preactivation);
+  p.pair_preactivation = pointer(pair_preactivation);
+  p.context = pointer(context);
+  call(inti::cpu_kernels().class_levels_forward, p);
+}
+
+void class_levels_backward(const std::array<int64_t, 4>& shape, const std::array<std::string, 2>& types, int threads,
+                           Address x, const std::array<int64_t, 2>& x_strides, Address position,
+                           const FrameAddresses& frame, const GlobalAddresses& convolutions,
+                           const std::array<double, 2>& eps, Address workspace, Address frame_preactivation,
+                           Address pair_preactivation, Address grad_context, Address grad_x,
+                           const FrameAddresses& grad_frame, const GlobalAddresses& grad_convolutions) {
+  inti::ClassLevelsBackward p{};
+  p.levels = class_levels(shape, types, threads, x, x_strides, position, frame, convolutions, eps, workspace);
+  p.frame_preactivation = pointer(frame_preactivation);
+  p.pair_preactivation = pointer(pair_preactivation);
   p.grad_context = pointer(grad_context);
   p.grad_x = pointer(grad_x);
-  p.accumulate = accumulate;
-  pointers(grad_weights, p.grad_weights);
-  pointers(grad_biases, p.grad_biases);
-  p.workspace = pointer(workspace);
-  call(inti::cpu_kernels().global_level_backward, p);
+  pointers(grad_frame, p.grad_frame);
+  pointers(grad_convolutions, p.grad_convolutions);
+  call(inti::cpu_kernels().class_levels_backward, p);
 }
 
 // shape: (count, terms, columns)
@@ -492,17 +491,16 @@ PYBIND11_MODULE(_native, m) {
         "preactivation"_a, "weight2"_a, "grad_x"_a, "accumulate"_a, "position_partials"_a, "grad_difference"_a,
         "grad_hidden"_a, "hidden_partials"_a);
 
-  m.def("few_rows_forward", &few_rows_forward, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "x"_a, "norm_weight"_a,
-        "norm_bias"_a, "eps"_a, "statistics"_a, "normalized"_a, "weight"_a, "weight_pitch"_a, "bias"_a,
-        "preactivation"_a, "y"_a);
+  m.def("few_rows_forward", &few_rows_forward, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "x"_a, "weight"_a,
+        "weight_pitch"_a, "bias"_a, "y"_a);
   m.def("few_rows_backward", &few_rows_backward, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "grad_y"_a,
-        "grad_y_pitch"_a, "preactivation"_a, "x"_a, "norm_weight"_a, "statistics"_a, "linear_input"_a, "weight"_a,
-        "weight_pitch"_a, "grad_x"_a, "grad_norm_weight"_a, "grad_norm_bias"_a, "grad_weight"_a, "grad_weight_pitch"_a,
-        "accumulate"_a, "grad_bias"_a, "grad_preactivation"_a, "grad_normalized"_a);
-  m.def("global_level_workspace", &inti::global_level_workspace, "frames"_a, "threads"_a);
-  m.def("global_level_forward", &global_level_forward, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "x"_a,
-        "weights"_a, "biases"_a, "context"_a, "accumulate"_a, "workspace"_a);
-  m.def("global_level_backward", &global_level_backward, py::kw_only(), "shape"_a, "dtype"_a, "threads"_a, "x"_a,
-        "weights"_a, "biases"_a, "grad_context"_a, "grad_x"_a, "accumulate"_a, "grad_weights"_a, "grad_biases"_a,
-        "workspace"_a);
+        "grad_y_pitch"_a, "x"_a, "weight"_a, "weight_pitch"_a, "grad_x"_a, "grad_weight"_a, "grad_weight_pitch"_a,
+        "accumulate"_a, "grad_bias"_a, "grad_preactivation"_a);
+  m.def("class_levels_workspace", &inti::class_levels_workspace, "batch"_a, "frames"_a, "dim"_a, "half"_a, "threads"_a);
+  m.def("class_levels_forward", &class_levels_forward, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a, "x"_a,
+        "x_strides"_a, "position"_a, "frame"_a, "convolutions"_a, "eps"_a, "workspace"_a, "frame_preactivation"_a,
+        "pair_preactivation"_a, "context"_a);
+  m.def("class_levels_backward", &class_levels_backward, py::kw_only(), "shape"_a, "dtypes"_a, "threads"_a, "x"_a,
+        "x_strides"_a, "position"_a, "frame"_a, "convolutions"_a, "eps"_a, "workspace"_a, "frame_preactivation"_a,
+        "pair_preactivation"_a, "grad_context"_a, "grad_x"_a, "grad_frame"_a, "grad_convolutions"_a);
 }

@@ -144,18 +144,18 @@ MUTANTS = {
         ("the sums start as what is there", "grad_input[row * s.in + c] = 0;", "grad_input[row * s.in + c] *= 1;"),
     )
     + _mutants(
-        "csrc/cpu/global_level.cpp",
+        "csrc/cpu/class_levels.cpp",
         ("a lone frame is pooled away", "return (frames + 1) / 2;", "return frames / 2;"),
         ("NaN is not the larger one", "(second > first) | (second != second)", "second > first"),
         ("of equal ones the second", "(second > first) |", "(second >= first) |"),
         ("the taps change places in the backward", "v += grad[t - 1] * taps[2];", "v += grad[t - 1] * taps[0];"),
         ("the mean counts the clip's frames", "return sum / A(frames[kGlobalConvolutions - 1]);", "return sum / A(frames[0]);"),
-        ("the frame level's gradient is overwritten", "p.accumulate ? load(to) + clip.grad_x[t] : clip.grad_x[t]", "clip.grad_x[t]"),
+        ("the frame level's gradient is overwritten", "levels.has_frame() ? load(to) + clip.grad_x[t] : clip.grad_x[t]", "clip.grad_x[t]"),
+        ("the global level overwrites the frame level", "levels.has_frame() ? load(to) + level : level", "level"),
+        ("every frame has the first one's position", "static_cast<const A*>(p.position) + frame * dim", "static_cast<const A*>(p.position)"),
+        ("the two norms take each other's eps", "p.eps[first / 4]", "p.eps[1 - first / 4]"),
+        ("the halves of a pair are not activated", "gelu<A>(load(preactivation + first + c)).value", "load(preactivation + first + c)"),
         ("the threads work in one place", "thread_number() * global_level_vectors(of_clip)", "0 * global_level_vectors(of_clip)"),
-    )
-    + _mutants(
-        "inti_kernels/backends/cpu/class_levels.py",
-        ("the global level overwrites the frame level", "accumulate=context is not None", "accumulate=False"),
     ),
     "gemm": _mutants(
         "csrc/cpu/gemm.h",

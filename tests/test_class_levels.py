@@ -59,9 +59,10 @@ def computed(
     grad: Tensor,
 ) -> list[Tensor]:
     with torch.no_grad():
-        levels = kind(frame, convolutions, EPS)
-        context = levels.forward(cls)
-        of_cls, of_parameters = levels.backward(grad)
+        forward, backward = (kind(frame, convolutions, EPS) for _ in range(2))
+        context = forward.forward(cls)
+        assert_same_bits(backward.resume(cls, None, forward.kept), context)
+        of_cls, of_parameters = backward.backward(grad)
     return [context, of_cls, *of_parameters]
 
 
@@ -81,6 +82,20 @@ def test_levels_and_their_derivatives(
     bound = {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     right = [tensor.to(dtype) for tensor in wanted(cls, frame, convolutions, grad)]
     torch.testing.assert_close(computed(kind, cls, frame, convolutions, grad), right, **bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_class_tokens_of_every_dtype_get_their_position(dtype: torch.dtype, kind: type) -> None:
+    """As they stand among the other tokens of x."""
+    wide = torch.promote_types(dtype, torch.float32)
+    frame, convolutions = parameters(6, wide, 20)
+    x, position, grad = torch.randn(2, 6, 3, 20).to(dtype), torch.randn(6, 20).to(wide), torch.randn(2, 3, 20).to(wide)
+    with torch.no_grad():
+        levels = kind(frame, convolutions, EPS)
+        context = levels.forward(x[:, :, 0], position)
+        ours = [context, *levels.backward(grad)]
+    right = computed(kind, x[:, :, 0].to(wide) + position, frame, convolutions, grad)
+    assert_same_bits([*ours[:2], *ours[2]], right)
 
 
 def test_of_equal_neighbours_the_first_counts(kind: type) -> None:

@@ -343,14 +343,14 @@ def test_a_linear_of_a_few_rows(
     grad_y = torch.randn(rows, 2, out, dtype=dtype)[:, 0]
     bound = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
 
-    y, kept = _few_rows.forward(x, weight, bias)
+    y = _few_rows.forward(x, weight, bias)
     torch.testing.assert_close(y, (x.double() @ weight.double().t() + bias).to(dtype), **bound)
 
     grad_x, grad_weight, grad_bias = torch.full_like(x, math.nan), wide[:, 2:-3], torch.full_like(bias, math.nan)
     grad_weight.copy_(before if accumulate else torch.full_like(before, math.nan))
     wide[:, :2], wide[:, -3:] = 7, 7
     given = {"grad_weight": grad_weight, "accumulate": accumulate, "grad_bias": grad_bias}
-    _few_rows.backward(grad_y, kept, weight, grad_x=grad_x, **given)
+    _few_rows.backward(grad_y, x, weight, grad_x=grad_x, **given)
     of_weight = grad_y.double().t() @ x.double() + (before if accumulate else 0)
     torch.testing.assert_close(grad_x, (grad_y.double() @ weight.double()).to(dtype), **bound)
     torch.testing.assert_close(grad_weight, of_weight.to(dtype), **bound)
@@ -358,10 +358,10 @@ def test_a_linear_of_a_few_rows(
     assert bool((wide[:, :2] == 7).all() and (wide[:, -3:] == 7).all())
     # One of them alone.
     alone = torch.full_like(x, math.nan)
-    _few_rows.backward(grad_y, kept, weight, grad_x=alone, grad_weight=None)
+    _few_rows.backward(grad_y, x, weight, grad_x=alone, grad_weight=None)
     assert_same_bits(alone, grad_x)
     alone = torch.full_like(before, math.nan) if not accumulate else before
-    _few_rows.backward(grad_y, kept, weight, grad_x=None, grad_weight=alone, accumulate=accumulate)
+    _few_rows.backward(grad_y, x, weight, grad_x=None, grad_weight=alone, accumulate=accumulate)
     assert_same_bits(alone, grad_weight)
 
 

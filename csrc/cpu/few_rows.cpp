@@ -31,8 +31,8 @@ void for_each_part(int64_t count, int64_t size, int threads, const Task& task) {
   parallel_for(parts_of(count, size), threads, [&](int64_t i) { task(i * size, least((i + 1) * size, count)); });
 }
 
-template <class A>
-void normalize(const FewRowsForward& p) {
+template <class A, class Pass>
+void normalize(const Pass& p) {
   const int64_t dim = p.shape.in;
   parallel_for(p.shape.rows, p.shape.threads, [&](int64_t row) {
     const A* x = static_cast<const A*>(p.x) + row * dim;
@@ -139,6 +139,7 @@ template <class A>
 void weight_backward(const FewRowsBackward& p) {
   const FewRowsShape& s = p.shape;
   const A* grad = static_cast<const A*>(p.grad_preactivation);
+  const A* input = static_cast<const A*>(p.norm_weight ? p.normalized : p.x);
   for_each_part(s.out, kGradients, s.threads, [&](int64_t begin, int64_t end) {
     for_each_rows(begin, end, [&](auto count, int64_t n) __attribute__((always_inline)) {
       constexpr int kRows = decltype(count)::value;
@@ -149,7 +150,7 @@ void weight_backward(const FewRowsBackward& p) {
           Vec<A> sums[kRows] = {};
           const bool add = p.accumulate || row > 0;
           for (const int64_t last = least(row + kTerms, s.rows); row < last; ++row) {
-            const Vec<A> v = load(static_cast<const A*>(p.linear_input) + row * s.in + c);
+            const Vec<A> v = load(input + row * s.in + c);
             for (int j = 0; j < kRows; ++j) sums[j] += grad[(n + j) * s.rows + row] * v;
           }
           for (int j = 0; j < kRows; ++j) {
@@ -212,6 +213,7 @@ template <class A>
 void backward(const FewRowsBackward& p) {
   activation_backward<A>(p);
   if (void* grad_input = p.norm_weight ? p.grad_normalized : p.grad_x) linear_backward(p, static_cast<A*>(grad_input));
+  if (p.norm_weight) normalize<A>(p);
   if (p.grad_weight) weight_backward<A>(p);
   if (p.norm_weight) norm_backward<A>(p);
 }

@@ -7,10 +7,13 @@ takes longer than all the rest of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._arguments import as_dtype, wide_dtype
 
 aten = torch.ops.aten
 
@@ -119,37 +122,63 @@ class _GlobalLevel:
         return torch.cat((of_clip, rest), dim=1) if rest.shape[1] else of_clip
 
 
-class ClassLevels:
-    """F_frame + F_global of class tokens [B, T, C]: the context [B, T/2, C] and, once it is computed, its gradients.
+class Kept(NamedTuple):
+    """Of a forward, with which a backward elsewhere needn't do it again; all None where it has to.
 
-    Tokens, context and the global level are in the wide dtype, whatever its parameters are in: sums of three products
-    gain nothing by 16 bits. The frame level is in the dtype of its parameters.
+    Attributes:
+        frame_preactivation, pair_preactivation: what the frame level's GELUs were taken of [B, T, C/2] and
+            [B, T/2, C]; None without the level.
+        context: [B, T/2, C].
+    """
+
+    frame_preactivation: Tensor | None
+    pair_preactivation: Tensor | None
+    context: Tensor | None
+
+
+class ClassLevels:
+    """F_frame + F_global of the class tokens: the context [B, T/2, C] and, once it is computed, its gradients.
+
+    Context, gradients and the global level are in the wide dtype, whatever its parameters are in: sums of three
+    products gain nothing by 16 bits. The frame level is in the dtype of its parameters.
 
     Args:
         frame: the eight parameters of :func:`inti_kernels.reference.functional.frame_level`, or None without the level.
         convolutions: the six of :func:`inti_kernels.reference.functional.global_level`, or None without it.
         eps: of the frame level's two LayerNorms.
+
+    Attributes:
+        kept: of the forward.
     """
 
-    layer, global_level = _Layer, _GlobalLevel  # what computes them
+    kept = Kept(None, None, None)
 
     def __init__(
         self, frame: Sequence[Tensor] | None, convolutions: Sequence[Tensor] | None, eps: Sequence[float]
     ) -> None:
-        self.frame_layer, self.pair_layer = (
-            (None, None) if frame is None else (self.layer(*frame[:4]), self.layer(*frame[4:]))
-        )
-        self.clip_level = None if convolutions is None else self.global_level(convolutions)
+        self.frame_layer, self.pair_layer = (None, None) if frame is None else (_Layer(*frame[:4]), _Layer(*frame[4:]))
+        self.clip_level = None if convolutions is None else _GlobalLevel(convolutions)
         self.eps = eps
 
-    def forward(self, cls: Tensor) -> Tensor | None:
-        """The context, or None with neither level."""
-        context = None
+    def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
+        """The context, or None with neither level.
+
+        Args:
+            cls: class tokens [B, T, C], any strides.
+            position: σ·P [T, C] in the wide dtype, added to them; or None.
+        """
+        context, cls = None, as_dtype(cls, wide_dtype(cls))
+        # Contiguous, since the bits of PyTorch's sums of products depend on the strides.
+        cls = (cls if position is None else cls + position).contiguous()
         if self.frame_layer is not None:
             halves = self.frame_layer.forward(cls.to(self.frame_layer.weight.dtype), self.eps[0])
             pairs = halves.reshape(len(cls), cls.shape[1] // 2, 2 * halves.shape[2])
             context = self.pair_layer.forward(pairs, self.eps[1]).to(cls.dtype)
         return context if self.clip_level is None else self.clip_level.forward(cls, context)
+
+    def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
+        """The context for a backward, of what another's forward has kept of the same inputs."""
+        return self.forward(cls, position)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Of the context's gradient: that of the class tokens, and those of the parameters in order."""

@@ -2,8 +2,8 @@
 autocast on a GPU has kernels read converted tokens), and kept for the backward only what takes a product or a
 convolution to compute again.
 
-The frame and the global level work on B·T class tokens: plain PyTorch, and on the CPU kernels of their own; run
-again in the backward.
+The frame and the global level work on B·T class tokens: plain PyTorch, run again in the backward; on the CPU kernels of
+their own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import functional
 from . import implementation, settle
 from ._arguments import as_dtype, channels_contiguous, in_wide_dtype, wide_dtype
 from ._class_levels import ClassLevels
+from ._class_levels import Kept as KeptOfClassLevels
 
 
 class Inputs(NamedTuple):
@@ -66,6 +66,9 @@ class Kept(NamedTuple):
         cube: F_cube [B, T/2, N, C].
         difference: of the two logits [B, T/2, N].
         head_preactivation: what the head's GELU was taken of [B, T/2, N, h].
+        frame_preactivation, pair_preactivation: what the frame level's GELUs were taken of [B, T, C/2] and
+            [B, T/2, C], where kernels computed it.
+        context: F_frame + F_global [B, T/2, C], where kernels computed it.
     """
 
     statistics: Tensor
@@ -73,6 +76,12 @@ class Kept(NamedTuple):
     cube: Tensor
     difference: Tensor
     head_preactivation: Tensor
+    frame_preactivation: Tensor
+    pair_preactivation: Tensor
+    context: Tensor
+
+    def of_class_levels(self) -> KeptOfClassLevels:
+        return KeptOfClassLevels(*(tensor if tensor.numel() else None for tensor in self[-3:]))
 
 
 class Sizes(NamedTuple):
@@ -101,6 +110,12 @@ def computed_in(x: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
     return dtype
 
 
+def keeps_class_levels(x: Tensor, backend: str) -> bool:
+    """Whether the forward keeps what it can of the frame and the global level: what kernels computed. Tokens without
+    data run nowhere."""
+    return not x.is_meta and settle("inti", backend, x) == "cpu"
+
+
 def inti_forward(
     inputs: Inputs, sizes: Sizes, keep: bool, recompute: bool, backend: str
 ) -> tuple[Tensor, Tensor, Kept]:
@@ -111,13 +126,19 @@ def inti_forward(
     cube = run.cube() if keep else None
     features, statistics, token_preactivation = run.token_features(keep and not recompute)
     cube = cube if keep else run.cube()
-    context = run.in_dtype(run.class_levels().forward(run.class_tokens()))
+    class_levels = run.class_levels()
+    context = run.in_dtype(class_levels.forward(run.class_tokens(), run.position))
     large = not recompute
     z, weights, difference, head_preactivation = run.head(features, cube, context, keep and large)
-    kept = (statistics, token_preactivation, cube, difference, head_preactivation)
-    there = (large, large, large and cube is not None, True, large)
+    kept = (statistics, token_preactivation, cube, difference, head_preactivation, *class_levels.kept)
+    there = (large, large, large, True, large, large, large, large)
     # An op's outputs may not be one tensor twice.
-    kept = Kept(*(t if keep and is_kept else features.new_empty(0) for t, is_kept in zip(kept, there, strict=True)))
+    kept = Kept(
+        *(
+            t if keep and is_kept and t is not None else features.new_empty(0)
+            for t, is_kept in zip(kept, there, strict=True)
+        )
+    )
     return z, as_dtype(weights, sizes.dtype), kept
 
 
@@ -139,7 +160,7 @@ def inti_backward(
     # Whoever sees x + σ·P has a part in both their gradients.
     tokens = need.x or need.position
     class_levels = run.class_levels()
-    wide_context = class_levels.forward(run.class_tokens())
+    wide_context = class_levels.resume(run.class_tokens(), run.position, kept.of_class_levels())
     context = run.in_dtype(wide_context)
     kept, features = run.kept_and_features(kept, context)
     needs_of_token = (need.norm_weight, need.norm_bias, need.weight, need.bias)
@@ -244,11 +265,9 @@ class _Chain:
         )
 
     def class_tokens(self) -> Tensor:
-        """Of x + σ·P, in the wide dtype, [B, T, C]; contiguous, since the bits of PyTorch's sums of products depend on
-        the strides."""
-        x, wide = self.inputs.x, wide_dtype(self.inputs.x)
-        cls = as_dtype(x[:, :, :1], wide) if self.sizes.prefix else x.mean(dim=2, keepdim=True, dtype=wide)
-        return functional.add_position(cls, self.position)[:, :, 0].contiguous()
+        """Of x [B, T, C], as they are; of tokens without any their mean, in the wide dtype."""
+        x = self.inputs.x
+        return x[:, :, 0] if self.sizes.prefix else x.mean(dim=2, dtype=wide_dtype(x))
 
     def token_features(self, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         module = self._module("token_features", self.tokens, "forward")
@@ -288,7 +307,7 @@ class _Chain:
             _, _, difference, preactivation = self.head(features, cube, context, True)
         nothing = features.new_empty(0)
         cube = nothing if cube is None else cube
-        return Kept(statistics, token_preactivation, cube, difference, preactivation), features
+        return Kept(statistics, token_preactivation, cube, difference, preactivation, *kept[-3:]), features
 
     def sums_in_one_launch(self) -> AbstractContextManager[None]:
         """On the cuda backend the ordered sums of all partial sums are one launch, at the end of the block."""

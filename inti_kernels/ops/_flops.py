@@ -121,8 +121,9 @@ def _inti_backward(grad_z: Shape, grad_weights: Shape, *args: Any, **_: Any) -> 
     head = _head_backward(inputs.x, inputs.weight1, inputs.weight2, of_levels, needs[-5:-1], again)
     token = linear_macs(inputs.x, inputs.weight) * ((of_x or need.norm_weight or need.norm_bias) + need.weight + again)
     cube = _cube(inputs, sizes) * (of_x + need.cube_weight + again)
-    # Of a few tokens: always computed again, and then all of their gradients or none.
-    class_levels = _class_levels(inputs) * (3 if of_x or any(needs[FRAME.start : GLOBAL.stop]) else 1)
+    # Of a few tokens: all of their gradients or none.
+    of_class_levels = of_x or any(needs[FRAME.start : GLOBAL.stop])
+    class_levels = _class_levels(inputs) * (2 * of_class_levels + (not prod(kept.context)))
     return 2 * (head + token + cube + class_levels)
 
 

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from .. import backends
 from ..backends._arguments import wide_dtype
-from ..backends.inti import FRAME, GLOBAL, Inputs, Kept, Sizes, computed_in, inti_backward, inti_forward
+from ..backends.inti import (
+    FRAME,
+    GLOBAL,
+    Inputs,
+    Kept,
+    Sizes,
+    computed_in,
+    inti_backward,
+    inti_forward,
+    keeps_class_levels,
+)
 from ..reference import functional
 from . import _recipe as recipe
 
@@ -74,15 +84,21 @@ def _(*args):  # type: ignore[no-untyped-def]
     pairs = (batch, frames // 2, tokens)
     outputs = x.new_empty(*pairs, dim), x.new_empty((*pairs, 2), dtype=sizes.dtype)
     nothing, large = x.new_empty(0, dtype=dtype), keep and not recompute
-    wide = wide_dtype(nothing)
+    wide, of_class = wide_dtype(nothing), large and keeps_class_levels(x, backend)
+    of_frame = of_class and inputs.pair_weight is not None
+
+    def kept_if(there: bool, shape: Sequence[int], of_dtype: torch.dtype) -> Tensor:
+        return x.new_empty(shape, dtype=of_dtype) if there else nothing
+
     kept = Kept(
-        statistics=x.new_empty((batch, frames, tokens, 2), dtype=wide) if large else nothing,
-        token_preactivation=x.new_empty((batch, frames, tokens, inputs.weight.shape[0]), dtype=dtype)
-        if large
-        else nothing,
-        cube=x.new_empty((*pairs, dim), dtype=dtype) if large and inputs.cube_weight is not None else nothing,
-        difference=x.new_empty(pairs, dtype=wide) if keep else nothing,
-        head_preactivation=x.new_empty((*pairs, inputs.weight1.shape[0]), dtype=dtype) if large else nothing,
+        statistics=kept_if(large, (batch, frames, tokens, 2), wide),
+        token_preactivation=kept_if(large, (batch, frames, tokens, inputs.weight.shape[0]), dtype),
+        cube=kept_if(large and inputs.cube_weight is not None, (*pairs, dim), dtype),
+        difference=kept_if(keep, pairs, wide),
+        head_preactivation=kept_if(large, (*pairs, inputs.weight1.shape[0]), dtype),
+        frame_preactivation=kept_if(of_frame, (batch, frames, inputs.pair_weight.shape[0] if of_frame else 0), wide),
+        pair_preactivation=kept_if(of_frame, (*pairs[:2], dim), wide),
+        context=kept_if(of_frame or (of_class and inputs.global_weight1 is not None), (*pairs[:2], dim), wide),
     )
     return *outputs, *kept
 

@@ -4,9 +4,9 @@
 #include <string>
 #include <vector>
 
+#include "inti/class_levels.h"
 #include "inti/depthwise_conv3d.h"
 #include "inti/few_rows.h"
-#include "inti/global_level.h"
 #include "inti/interpolation_head.h"
 #include "inti/pair_interpolate.h"
 #include "inti/product.h"
@@ -30,8 +30,8 @@ struct CpuKernels {
   void (*interpolation_head_backward)(const InterpolationHeadBackward&);
   void (*few_rows_forward)(const FewRowsForward&);
   void (*few_rows_backward)(const FewRowsBackward&);
-  void (*global_level_forward)(const GlobalLevelForward&);
-  void (*global_level_backward)(const GlobalLevelBackward&);
+  void (*class_levels_forward)(const ClassLevelsForward&);
+  void (*class_levels_backward)(const ClassLevelsBackward&);
   void (*partial_sums)(const PartialSums&);
   void (*product)(const Product&);
 };

@@ -18,8 +18,8 @@ struct FewRowsForward {
   const void* norm_weight;  // [in], or null: no LayerNorm
   const void* norm_bias;    // [in]
   double eps;
-  void* statistics;    // [rows, 2]: mean and 1/σ; with a LayerNorm
-  void* normalized;    // [rows, in]; with a LayerNorm
+  void* statistics;    // workspace [rows, 2], with a LayerNorm: mean and 1/σ
+  void* normalized;    // workspace [rows, in], with a LayerNorm
   const void* weight;  // [out, in], rows weight_pitch apart
   int64_t weight_pitch;
   const void* bias;     // [out]
@@ -32,10 +32,12 @@ struct FewRowsBackward {
   const void* grad_y;  // [rows, out], rows grad_y_pitch apart
   int64_t grad_y_pitch;
   const void* preactivation;  // or null: no GELU
-  const void* x;              // with a LayerNorm
+  const void* x;              // [rows, in]
   const void* norm_weight;    // or null: no LayerNorm
-  const void* statistics;     // with a LayerNorm
-  const void* linear_input;   // [rows, in]: what the Linear took
+  const void* norm_bias;      // with a LayerNorm
+  double eps;
+  void* statistics;  // workspace [rows, 2], with a LayerNorm
+  void* normalized;  // workspace [rows, in], with a LayerNorm
   const void* weight;
   int64_t weight_pitch;
   void* grad_x;            // [rows, in], or null without a LayerNorm

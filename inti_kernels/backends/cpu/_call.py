@@ -31,7 +31,7 @@ def call(entry: str, **arguments: Any) -> None:
     Args:
         entry: its name.
         **arguments: the members of its struct. A tensor stands for its address, and must be contiguous or have its
-            strides beside it; None is the null pointer, a list of tensors one of addresses.
+            strides beside it; None is the null pointer, a list of these one of addresses.
     """
     values = {name: _address(v) if v is None or isinstance(v, (Tensor, list)) else v for name, v in arguments.items()}
     getattr(native.load(), entry)(threads=torch.get_num_threads(), **values)
@@ -68,7 +68,7 @@ def add_up(partials: Tensor) -> Tensor:
     return sums
 
 
-def _address(tensor: Tensor | list[Tensor] | None) -> int | list[int]:
+def _address(tensor: Tensor | list[Tensor | None] | None) -> int | list[int]:
     if isinstance(tensor, list):
-        return [one.data_ptr() for one in tensor]
+        return [_address(one) for one in tensor]
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,4 +1,5 @@
-"""The frame and the global level by the compiled module: PyTorch's hundred small calls take longer than all they do."""
+"""The frame and the global level by the compiled module: PyTorch's hundred small calls take longer than all they do.
+See csrc/include/inti/class_levels.h."""
 
 from __future__ import annotations
 
@@ -7,92 +8,88 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _class_levels, native
-from .._arguments import as_dtype, expect, expect_one_dtype, name_of
+from .. import native
+from .._arguments import channels_contiguous, expect, expect_one_dtype, in_wide_dtype, name_of, wide_dtype
+from .._class_levels import Kept
 from .._memory import empty
-from . import _few_rows
 from ._call import call
 
 
-class _Layer:
-    def __init__(self, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> None:
-        self.norm = (norm_weight.contiguous(), norm_bias.contiguous())
-        self.weight, self.bias = weight, bias.contiguous()
+class ClassLevels:
+    """As the one in PyTorch, with all in the wide dtype but the class tokens, and a forward that is kept."""
 
-    def forward(self, x: Tensor, eps: float) -> Tensor:
-        out, width = self.weight.shape
-        expect(x, (x, (*x.shape[:2], width)), *((norm, (width,)) for norm in self.norm), (self.bias, (out,)))
-        self.shape, rows = x.shape, x.flatten(0, 1).contiguous()
-        y, self.kept = _few_rows.forward(rows, self.weight, self.bias, self.norm, eps, gelu=True)
-        return y.view(*x.shape[:2], y.shape[1])
+    def __init__(
+        self, frame: Sequence[Tensor] | None, convolutions: Sequence[Tensor] | None, eps: Sequence[float]
+    ) -> None:
+        self.frame, self.convolutions, self.eps = frame or [], convolutions or [], tuple(eps)
+
+    def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
+        self.kept = Kept(None, None, None)
+        if not (self.frame or self.convolutions):
+            return None
+        self._look_at(cls, position)
+        of_frames, of_pairs = self._shapes()
+        context, wide = empty(of_pairs, cls, self.dtype), []
+        if self.frame:
+            wide = [empty(of_frames, cls, self.dtype), empty(of_pairs, cls, self.dtype)]
+        self.kept = Kept(*wide or (None, None), context)
+        call("class_levels_forward", **self.shared, **self.kept._asdict())
+        return context
+
+    def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
+        if kept.context is None:
+            return self.forward(cls, position)
+        self._look_at(cls, position)
+        of_frames, of_pairs = self._shapes()
+        expect(cls, (kept.context, of_pairs))
+        if self.frame:
+            expect(cls, (kept.frame_preactivation, of_frames), (kept.pair_preactivation, of_pairs))
+        self.kept = Kept(*(None if tensor is None else in_wide_dtype(tensor, cls) for tensor in kept))
+        return self.kept.context
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        out, width = self.weight.shape
-        expect(grad, (grad, (*self.shape[:2], out)))
-        expect_one_dtype(self.kept.x, grad)
-        grad_x, of_norm = empty(self.shape, grad), (empty((width,), grad), empty((width,), grad))
-        grad_weight, grad_bias = empty((out, width), grad), empty((out,), grad)
-        _few_rows.backward(
-            grad.flatten(0, 1).contiguous(),
-            self.kept,
-            self.weight,
-            self.norm[0],
-            grad_x=grad_x,
-            grad_norm=of_norm,
-            grad_weight=grad_weight,
-            grad_bias=grad_bias,
-        )
-        return grad_x, [*of_norm, grad_weight, grad_bias]
-
-
-class _GlobalLevel:
-    """What is added to is added to in place: nobody else has it."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
-
-    def forward(self, cls: Tensor, context: Tensor | None) -> Tensor:
-        batch, frames, dim = cls.shape
-        pairs = (batch, frames // 2, dim)
-        expect(cls, (cls, (batch, 2 * pairs[1], dim)), (context, pairs))
-        expect(cls, *((p, shape) for i, shape in enumerate([(dim, 1, 3), (dim,)]) for p in self.parameters[i::2]))
-        self.cls = cls.contiguous()
-        to = empty(pairs, cls) if context is None else context
-        call("global_level_forward", **self._shared(), context=to, accumulate=context is not None)
-        return to
-
-    def backward(self, grad: Tensor, grad_cls: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        batch, frames, dim = self.cls.shape
-        expect(grad, (grad, (batch, frames // 2, dim)), (grad_cls, self.cls.shape))
-        expect_one_dtype(self.cls, grad, grad_cls)
-        to = empty(self.cls.shape, grad) if grad_cls is None else grad_cls
-        grads = [empty(parameter.shape, grad) for parameter in self.parameters]
+        expect(grad, (grad, self._shapes()[1]))
+        expect_one_dtype(self.kept.context, grad)
+        grad_cls, grads = empty(self.tokens, grad), [empty(parameter.shape, grad) for parameter in self.wide]
+        count = len(self.frame)
         call(
-            "global_level_backward",
-            **self._shared(),
+            "class_levels_backward",
+            **self.shared,
+            frame_preactivation=self.kept.frame_preactivation,
+            pair_preactivation=self.kept.pair_preactivation,
             grad_context=grad.contiguous(),
-            grad_x=to,
-            accumulate=grad_cls is not None,
-            grad_weights=grads[::2],
-            grad_biases=grads[1::2],
+            grad_x=grad_cls,
+            grad_frame=grads[:count] or [None] * 8,
+            grad_convolutions=grads[count:] or [None] * 6,
         )
-        return to, grads
+        return grad_cls, grads
 
-    def _shared(self) -> dict[str, object]:
-        wide = [as_dtype(parameter, self.cls.dtype).contiguous() for parameter in self.parameters]
-        return {
-            "shape": tuple(self.cls.shape),
-            "dtype": name_of(self.cls.dtype),
-            "x": self.cls,
-            "weights": wide[::2],
-            "biases": wide[1::2],
+    def _look_at(self, cls: Tensor, position: Tensor | None) -> None:
+        """Sets what both directions hand over."""
+        batch, frames, dim = self.tokens = tuple(cls.shape)
+        self.dtype, self.half = wide_dtype(cls), self.frame[2].shape[0] if self.frame else 0
+        half, parameters, count = self.half, (*self.frame, *self.convolutions), len(self.frame)
+        of_frame = ((dim,), (dim,), (half, dim), (half,), (2 * half,), (2 * half,), (dim, 2 * half), (dim,))
+        of_parameters = (*of_frame[:count], *((dim, 1, 3), (dim,)) * (len(self.convolutions) // 2))
+        expect(cls, (cls, (batch, frames // 2 * 2, dim)), (position, (frames, dim)))
+        expect(cls, *zip(parameters, of_parameters, strict=True))
+        self.wide, cls = [in_wide_dtype(parameter, cls) for parameter in parameters], channels_contiguous(cls)
+        threads = torch.get_num_threads()
+        self.shared = {
+            "shape": (batch, frames, dim, half),
+            "dtypes": (name_of(cls.dtype), name_of(self.dtype)),
+            "x": cls,
+            "x_strides": cls.stride()[:2],
+            "position": in_wide_dtype(position, cls),
+            "frame": self.wide[:count] or [None] * 8,
+            "convolutions": self.wide[count:] or [None] * 6,
+            "eps": self.eps,
             "workspace": empty(
-                (native.load().global_level_workspace(self.cls.shape[1], torch.get_num_threads()),), self.cls
+                (native.load().class_levels_workspace(batch, frames, dim, half, threads),), cls, self.dtype
             ),
         }
 
-
-class ClassLevels(_class_levels.ClassLevels):
-    """As the one in PyTorch, with class tokens and the frame level's parameters in the wide dtype."""
-
-    layer, global_level = _Layer, _GlobalLevel
+    def _shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Of what is of a frame in the frame level, and of a pair."""
+        batch, frames, dim = self.tokens
+        return (batch, frames, self.half), (batch, frames // 2, dim)

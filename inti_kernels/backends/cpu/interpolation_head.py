@@ -185,7 +185,7 @@ def interpolation_head_backward(
         grad_rows = empty(rows.shape, rows) if needs[2] else None
         _few_rows.backward(
             sums[:, 0],
-            _few_rows.Kept(rows),
+            rows,
             as_dtype(weight1[:, width:], wide),
             grad_x=grad_rows,
             grad_weight=grad_weight1[:, width:] if needs[4] else None,
@@ -238,7 +238,7 @@ class _FirstLinear:
         if frame_context is not None:
             wide = wide_dtype(features)
             rows = as_dtype(frame_context, wide).flatten(0, 1).contiguous()
-            self.frame_bias, _ = _few_rows.forward(rows, as_dtype(weight1[:, width:], wide), self.frame_bias)
+            self.frame_bias = _few_rows.forward(rows, as_dtype(weight1[:, width:], wide), self.frame_bias)
 
     def bias_of_frames(self) -> dict[str, object]:
         """``frame_bias`` as the compiled module takes it."""
