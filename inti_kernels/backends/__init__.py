@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 from collections import Counter
+from functools import cache
 from importlib import import_module
 from types import ModuleType, TracebackType
 
@@ -165,7 +166,12 @@ def implementation(op: str, backend: str, x: torch.Tensor, *, direction: str | N
     chosen = settle(op, backend, x)
     if direction is not None:
         count(op if direction == "forward" else f"{op}_backward", chosen)
-    return import_module(f"{__name__}.{_MODULES[chosen].format(op=op)}")
+    return _module(chosen, op)
+
+
+@cache
+def _module(backend: str, op: str) -> ModuleType:
+    return import_module(f"{__name__}.{_MODULES[backend].format(op=op)}")
 
 
 def _in_order(op: str, device: torch.device) -> tuple[str, ...]:

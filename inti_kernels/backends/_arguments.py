@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -124,6 +125,7 @@ def _expect_float64_in_all_or_none(x: Tensor, network: Tensor) -> None:
         raise ValueError(f"expected float64 for x and the network, or for neither, got {x.dtype} and {network.dtype}")
 
 
+@cache
 def name_of(dtype: torch.dtype) -> str:
     """As the compiled modules name a dtype."""
     return str(dtype).removeprefix("torch.")

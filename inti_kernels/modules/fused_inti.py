@@ -26,6 +26,17 @@ PLAIN_PARTS = {
     "sigmoid interpolation": "its weights don't sum to 1: pair_interpolate is another function",
 }
 
+# The module's parts as InTI makes them, and what is in them.
+_KINDS = {
+    "token": (NormLinearGELU,),
+    "cube": (nn.Conv3d,),
+    "frame_pair": (NormLinearGELU,),
+    "frame": (NormLinearGELU,),
+    "global_convs": (nn.ModuleList,),
+    "head": (Head,),
+}
+_INNER = (nn.LayerNorm, nn.Linear, nn.Conv1d)
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -119,21 +130,19 @@ class FusedInTI(InTI):
 
     def _is_one_node(self) -> bool:
         """Whether this is what the op inti computes, with no submodule that wants to be called."""
-        parts = {"cube": ("cube",), "frame": ("frame_pair", "frame"), "global": ("global_convs",)}
-        names = ("token", "head", *(part for level in self.context for part in parts[level]))
         # One level concatenated is what "separate" does, and with none all fusions are one.
         fusion = self.fusion == "separate" or len(self.context) <= (self.fusion == "cat")
-        return fusion and self.head_type == "softmax" and all(map(self._is_ours, names))
+        return (
+            fusion
+            and self.head_type == "softmax"
+            and all(self._is_ours(name) for name in _KINDS if name in self._modules)
+        )
 
     def _is_ours(self, name: str) -> bool:
         """Whether a part of the module, and all in it, is as InTI made it, so that it may be computed past its
         ``forward``."""
-        part = getattr(self, name)
-        kinds = {"cube": nn.Conv3d, "global_convs": nn.ModuleList, "head": Head}
-        inner = (nn.LayerNorm, nn.Linear, nn.Conv1d)
-        return _untouched(part, kinds.get(name, NormLinearGELU)) and all(
-            any(_untouched(module, kind) for kind in inner) for module in part.children()
-        )
+        part = self._modules[name]
+        return _untouched(part, _KINDS[name]) and all(_untouched(module, _INNER) for module in part._modules.values())
 
     def _parameters_of_ops(self) -> tuple[Tensor | None, ...]:
         """What the op inti takes between x and the position."""
@@ -260,10 +269,16 @@ def _become(module: nn.Module, cls: type[M], backend: str | None, recompute: boo
     return new
 
 
-def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _untouched(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether a submodule is as InTI made it. Adapters (LoRA), parametrizations, FSDP2 and hooks want to be called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and "forward" not in module.__dict__ and not any(map(len, hooks))
+    return (
+        type(module) in kinds
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 def _parameters_of(part: NormLinearGELU) -> tuple[Tensor, Tensor, Tensor, Tensor]:

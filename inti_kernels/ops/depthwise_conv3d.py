@@ -83,7 +83,7 @@ def _(
     return recipe.unfold(_backward(*folded, weight, bias, position, *sizes), size), (0, 0, 0, 0)
 
 
-@recipe.keep_signature
+@recipe.with_eager_twin
 class DepthwiseConv3d(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
@@ -189,4 +189,4 @@ def depthwise_conv3d(
             x, weight, bias, grid, temporal_stride=temporal_stride, prefix=prefix, position=position
         )
     recipe.leave_transforms_to_eager()
-    return DepthwiseConv3d.apply(x, weight, bias, position, list(grid), temporal_stride, prefix, backend)
+    return recipe.apply(DepthwiseConv3d, x, weight, bias, position, list(grid), temporal_stride, prefix, backend)

@@ -111,7 +111,7 @@ def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return recipe.unfold(_backward(*folded), size), (0,) * 9
 
 
-@recipe.keep_signature
+@recipe.with_eager_twin
 class InterpolationHead(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
@@ -209,7 +209,7 @@ def interpolation_head(
     features, cube, frame_context, weight1, bias1, weight2, bias2 = network
     inputs = (features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
     recipe.leave_transforms_to_eager()
-    z, weights, *_ = InterpolationHead.apply(*inputs, recipe.wants_gradient(*inputs), backend)
+    z, weights, *_ = recipe.apply(InterpolationHead, *inputs, recipe.wants_gradient(*inputs), backend)
     return z.to(x_dtype), weights.to(dtype)
 
 

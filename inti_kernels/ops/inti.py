@@ -123,6 +123,7 @@ def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return recipe.unfold(_backward(*folded), size), out_dims
 
 
+@recipe.with_eager_twin
 class Inti(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike: :class:`Inputs`, :class:`Sizes`,
     keep, recompute, backend."""
@@ -245,7 +246,7 @@ def inti(
     recipe.leave_transforms_to_eager()
     keep = recipe.wants_gradient(*tensors)
     sizes = (list(grid), prefix, [float(value) for value in eps], recipe.product_dtype(x))
-    z, weights, *_ = Inti.apply(*tensors, *sizes, keep, recompute, backend)
+    z, weights, *_ = recipe.apply(Inti, *tensors, *sizes, keep, recompute, backend)
     return z, weights
 
 

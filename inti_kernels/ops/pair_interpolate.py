@@ -63,7 +63,7 @@ def _(info, in_dims, grad_z, grad_weights, x, logits, position, needs, grad_x_ac
     return recipe.unfold(_backward(*folded, position, needs, grad_x_accumulate, backend), size), (0, 0, 0)
 
 
-@recipe.keep_signature
+@recipe.with_eager_twin
 class PairInterpolate(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
@@ -132,4 +132,4 @@ def pair_interpolate(
         backends.count_reference("pair_interpolate")
         return recipe.without_autocast(functional.pair_interpolate)(x, logits, position)
     recipe.leave_transforms_to_eager()
-    return PairInterpolate.apply(x, logits, position, backend)
+    return recipe.apply(PairInterpolate, x, logits, position, backend)

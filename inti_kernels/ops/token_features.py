@@ -94,7 +94,7 @@ def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return recipe.unfold(grads, size), out_dims
 
 
-@recipe.keep_signature
+@recipe.with_eager_twin
 class TokenFeatures(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
@@ -187,4 +187,4 @@ def token_features(
     tensors = recipe.cast_as_autocast(x, norm_weight, norm_bias, weight, bias)
     recipe.leave_transforms_to_eager()
     keep = recipe.wants_gradient(*tensors, position)
-    return TokenFeatures.apply(*tensors, position, float(eps), keep, backend)[0]
+    return recipe.apply(TokenFeatures, *tensors, position, float(eps), keep, backend)[0]
