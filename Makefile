@@ -38,10 +38,7 @@ OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= -n auto \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
     tests/test_interpolation_head.py tests/test_class_levels.py tests/test_cpu.py tests/test_native.py
 # With INTI_CUDA_LIBRARY, all these are tests of the emulated CUDA backend.
-# What PyTorch computes beside it, which it is held against, is then what it computes without AVX-512, with the products
-# that MKL has for every processor: that code's own errors, of GELU above all, would be in the bounds.
-WITHOUT_AVX512 := $(if $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null),ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE)
-CUDA_TESTS = $(WITHOUT_AVX512) $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py tests/test_cuda_launches.py tests/test_cuda_sizes.py) \
+CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py tests/test_cuda_launches.py tests/test_cuda_sizes.py) \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
     tests/test_interpolation_head.py tests/test_inti.py
 # What of them says nothing more on another build of the kernels, and waits for a compiler.
