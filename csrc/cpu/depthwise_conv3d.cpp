@@ -1,8 +1,10 @@
 // depthwise_conv3d on the CPU.
 //
-// A task is one frame and one block of channels. The rows of the grid that its taps read are staged in a small buffer
-// of wide numbers: there the conversion from 16 bits, σP and the zero padding are paid once an element, not once a tap,
-// and the inner loops know neither dtype nor border. The gradient of x is the same loop with the taps turned round.
+// A task is one frame and one block of channels. A row of the grid, of each frame that its taps read, is staged in a
+// small buffer of wide numbers: there the conversion from 16 bits, σP and the zero padding are paid once an element,
+// not once a tap, and the inner loops know neither dtype nor border. What is staged goes at once into all output rows
+// that it is read for, so that no more than these and the staged rows need to stay in L1. The gradient of x is the same
+// loop with the taps turned round.
 #include "inti/depthwise_conv3d.h"
 
 #include "parallel.h"
@@ -12,24 +14,18 @@ namespace inti::INTI_ISA {
 namespace {
 
 constexpr int kKernelTime = 3;
-// Columns of a staged row. Wider grids are cut into tiles, so that three rows of three frames fit the stack and the L1
-// or L2 cache, whatever the grid.
+// Columns of a staged row. Wider grids are cut into tiles, so that a few rows fit the stack and the L1 or L2 cache,
+// whatever the grid.
 constexpr int kColumns = 32;
 
-// 256 bytes of channels: whole cache lines, and few enough that the rows of a 16-wide grid stay in L1.
+// 256 bytes of channels: whole cache lines, and few enough that all rows of a 16-wide grid that are worked on, 7 of
+// 4 KB with their weights, stay in an L1 of 48 KB, and most of them in one of 32 KB.
 template <class A>
 constexpr int kChannels = 256 / int(sizeof(A));
 
 template <class A>
 struct alignas(64) Row {
   A at[kColumns][kChannels<A>];
-};
-
-// The last `Rows` rows of a frame, converted; row r lies in slot r mod Rows.
-template <class A, int Rows>
-struct RowRing {
-  Row<A> slots[Rows];
-  const Row<A>& row(int64_t r) const { return slots[(r + Rows) % Rows]; }
 };
 
 // Tokens [batch, frames, prefix + height·width, dim] that rows are staged from.
@@ -54,13 +50,14 @@ struct Tile {
   int channels, columns;
 };
 
-template <class T, class A>
-INTI_INLINE void stage_token(const T* token, const A* position, int channels, A* to) {
+// One token's channels: a whole block, or the `rest` that the last block has, with zeros behind them.
+template <bool kWhole, class T, class A>
+INTI_INLINE void stage_token(const T* token, const A* position, int rest, A* to) {
   constexpr int lanes = kLanes<A>;
-  for (int c = 0; c < kChannels<A>; c += lanes) {
-    const int rest = channels - c;
+#pragma GCC unroll 8
+  for (int c = 0; c < kChannels<A>; c += lanes, rest -= lanes) {
     Vec<A> v{};
-    if (rest >= lanes) {
+    if (kWhole || rest >= lanes) {
       v = load(token + c);
       if (position) v += load(position + c);
     } else if (rest > 0) {
@@ -71,6 +68,17 @@ INTI_INLINE void stage_token(const T* token, const A* position, int channels, A*
   }
 }
 
+template <bool kWhole, class T, class A>
+INTI_INLINE void stage_tokens(const T* token, int64_t pitch, int count, int64_t ahead, const A* position, int channels,
+                              A (*to)[kChannels<A>]) {
+  for (int i = 0; i < count; ++i, token += pitch) {
+    // A block of channels is too short a run for the processor to see what comes: the same token of the next row.
+    for (int c = 0; c < (kWhole ? kChannels<A> : channels); c += 64 / int(sizeof(T)))
+      __builtin_prefetch(token + ahead + c);
+    stage_token<kWhole>(token, position, channels, to[i]);
+  }
+}
+
 // Stages columns [tile.column − halo, tile.column + tile.columns + halo) of a row; what is outside the grid is 0.
 template <class T, class A>
 void stage_row(const Source& source, int64_t batch, int64_t frame, int64_t r, const Tile& tile, int halo, Row<A>& row) {
@@ -78,18 +86,19 @@ void stage_row(const Source& source, int64_t batch, int64_t frame, int64_t r, co
       source.position ? static_cast<const A*>(source.position) + frame * source.dim + tile.channel : nullptr;
   const T* tokens = static_cast<const T*>(source.data) + batch * source.strides.batch + frame * source.strides.frame +
                     (source.prefix + r * source.width) * source.strides.token + tile.channel;
-  for (int i = 0; i < tile.columns + 2 * halo; ++i) {
-    const int64_t column = tile.column + i - halo;
-    if (r >= 0 && r < source.height && column >= 0 && column < source.width) {
-      const T* token = tokens + column * source.strides.token;
-      // A block of channels is too short a run for the processor to see what comes: the same token of the next row.
-      if (r + 1 < source.height)
-        for (int c = 0; c < tile.channels; c += 64 / int(sizeof(T)))
-          __builtin_prefetch(token + source.width * source.strides.token + c);
-      stage_token(token, position, tile.channels, row.at[i]);
-    } else
+  const int all = tile.columns + 2 * halo;
+  const bool is_inside = r >= 0 && r < source.height;
+  const int64_t before = halo - tile.column, behind = source.width + halo - tile.column;
+  const int begin = is_inside ? int(before > 0 ? before : 0) : all, end = is_inside && behind < all ? int(behind) : all;
+  for (int i = 0; i < all; ++i)
+    if (i < begin || i >= end)
       for (int c = 0; c < kChannels<A>; ++c) row.at[i][c] = 0;
-  }
+  const T* first = tokens + (tile.column + begin - halo) * source.strides.token;
+  const int64_t pitch = source.strides.token, ahead = r + 1 < source.height ? source.width * pitch : 0;
+  if (tile.channels == kChannels<A>)
+    stage_tokens<true>(first, pitch, end - begin, ahead, position, tile.channels, row.at + begin);
+  else
+    stage_tokens<false>(first, pitch, end - begin, ahead, position, tile.channels, row.at + begin);
 }
 
 // One frame that an output frame reads, and the tap along time that it is read through.
@@ -143,43 +152,67 @@ struct alignas(64) Weights {
   }
 };
 
-// Columns [first, first + N) of one output row and one vector of channels: N accumulators stay in registers while each
-// staged vector is loaded once for the K columns that it feeds.
-template <int N, int K, class A>
-INTI_INLINE void convolve_columns(const RowRing<A, K>* rings, const FrameTaps& taps, const Weights<A, K>& weights,
-                                  int64_t r, int first, int c, Vec<A> start, Row<A>& out) {
-  Vec<A> sums[N];
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) sums[i] = start;
-  for (int f = 0; f < taps.count; ++f)
-    for (int h = 0; h < K; ++h) {
-      const A(*row)[kChannels<A>] = rings[f].row(r + h - K / 2).at + first;
-      Vec<A> taps_of_row[K];
+// Output rows that a staged vector goes into at once, and columns of each: as many sums as there are registers for,
+// beside the weights.
+template <class A>
+constexpr int kRowsAtOnce = sizeof(Vec<A>) == 64 ? 3 : 1;
+template <class A>
+constexpr int kColumnsAtOnce = sizeof(Vec<A>) == 64 ? 7 : 8;
+
+// Adds the staged rows, one of each frame, to columns [first, first + N) and one vector of channels of output rows
+// outs[h], h in [begin, begin + R), which they are read for through row h of the taps. The first time that a row is
+// added to, it starts as the bias.
+template <int N, int R, int K, class A>
+INTI_INLINE void add_columns(const Row<A>* rows, const FrameTaps& taps, const Weights<A, K>& weights, int begin,
+                             int first, int c, int started, Vec<A> bias, Row<A>* const* outs) {
+  Vec<A> sums[R][N];
 #pragma GCC unroll 3
-      for (int w = 0; w < K; ++w) taps_of_row[w] = load(&weights.at[taps.at[f].tap][h][w][c]);
+  for (int j = 0; j < R; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sums[j][i] = begin + j < started ? bias : load(&outs[begin + j]->at[first + i][c]);
+  for (int f = 0; f < taps.count; ++f) {
+    const A(*row)[kChannels<A>] = rows[f].at + first;
+    const auto& of_frame = weights.at[taps.at[f].tap];
+    Vec<A> taps_of_row[R][K];
+#pragma GCC unroll 3
+    for (int j = 0; j < R; ++j)
+#pragma GCC unroll 3
+      for (int w = 0; w < K; ++w) taps_of_row[j][w] = load(&of_frame[begin + j][w][c]);
 #pragma GCC unroll 10
-      for (int column = 0; column < N + K - 1; ++column) {
-        const Vec<A> v = load(&row[column][c]);
+    for (int column = 0; column < N + K - 1; ++column) {
+      const Vec<A> v = load(&row[column][c]);
+#pragma GCC unroll 3
+      for (int j = 0; j < R; ++j)
 #pragma GCC unroll 3
         for (int w = 0; w < K; ++w)
-          if (column - w >= 0 && column - w < N) sums[column - w] += taps_of_row[w] * v;
-      }
+          if (column - w >= 0 && column - w < N) sums[j][column - w] += taps_of_row[j][w] * v;
     }
+  }
+#pragma GCC unroll 3
+  for (int j = 0; j < R; ++j)
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) store(&out.at[first + i][c], sums[i]);
+    for (int i = 0; i < N; ++i) store(&outs[begin + j]->at[first + i][c], sums[j][i]);
+}
+
+// The same of `count` columns, at most N.
+template <int N, int R, int K, class A, class... Args>
+INTI_INLINE void add_some_columns(int count, const Args&... args) {
+  if constexpr (N > 1)
+    if (count < N) return add_some_columns<N - 1, R, K, A>(count, args...);
+  add_columns<N, R, K, A>(args...);
 }
 
 template <int K, class A>
-INTI_INLINE void convolve_row(const RowRing<A, K>* rings, const FrameTaps& taps, const Weights<A, K>& weights,
-                              int64_t r, const Tile& tile, const A* bias, Row<A>& out) {
-  for (int c = 0; c < tile.channels; c += kLanes<A>) {
-    const Vec<A> start = load(bias + c);
-    int first = 0;
-    for (; first + 8 <= tile.columns; first += 8) convolve_columns<8, K>(rings, taps, weights, r, first, c, start, out);
-    for (; first + 4 <= tile.columns; first += 4) convolve_columns<4, K>(rings, taps, weights, r, first, c, start, out);
-    for (; first + 2 <= tile.columns; first += 2) convolve_columns<2, K>(rings, taps, weights, r, first, c, start, out);
-    if (first < tile.columns) convolve_columns<1, K>(rings, taps, weights, r, first, c, start, out);
-  }
+INTI_INLINE void add_rows(const Row<A>* rows, const FrameTaps& taps, const Weights<A, K>& weights, const Tile& tile,
+                          int started, const A* bias, Row<A>* const* outs) {
+  constexpr int most = kColumnsAtOnce<A>, at_once = kRowsAtOnce<A> < K ? kRowsAtOnce<A> : K;
+  const int parts = (tile.columns + most - 1) / most;
+  for (int c = 0; c < tile.channels; c += kLanes<A>)
+    for (int part = 0; part < parts; ++part) {
+      const int first = tile.columns * part / parts, count = tile.columns * (part + 1) / parts - first;
+      for (int h = 0; h < K; h += at_once)
+        add_some_columns<most, at_once, K, A>(count, rows, taps, weights, h, first, c, started, load(bias + c), outs);
+    }
 }
 
 // Convolves one frame tile by tile and hands every finished row to finish(r, tile, row).
@@ -187,16 +220,17 @@ template <class T, int K, class A, class Finish>
 void convolve_frame(const Source& source, int64_t batch, const FrameTaps& taps, const Weights<A, K>& weights, Tile tile,
                     const A* bias, const Finish& finish) {
   constexpr int halo = K / 2, width = kColumns - 2 * halo;
-  RowRing<A, K> rings[kKernelTime];
-  Row<A> out;
+  Row<A> rows[kKernelTime], slots[K];  // output row r lies in slot r mod K
   for (tile.column = 0; tile.column < source.width; tile.column += width) {
     tile.columns = int(source.width - tile.column < width ? source.width - tile.column : width);
-    for (int64_t r = -halo; r < source.height + halo; ++r) {
-      for (int f = 0; f < taps.count; ++f)
-        stage_row<T>(source, batch, taps.at[f].frame, r, tile, halo, rings[f].slots[(r + K) % K]);
-      if (r < halo) continue;
-      convolve_row<K>(rings, taps, weights, r - halo, tile, bias, out);
-      finish(r - halo, tile, out);
+    for (int64_t r = 0; r < source.height; ++r) {
+      for (int f = 0; f < taps.count; ++f) stage_row<T>(source, batch, taps.at[f].frame, r, tile, halo, rows[f]);
+      // Row h of the taps leads to output row r − h + halo. What comes to lie outside of the grid is never handed on.
+      Row<A>* outs[K];
+      for (int h = 0; h < K; ++h) outs[h] = &slots[(r - h + halo + K) % K];
+      add_rows<K>(rows, taps, weights, tile, r == 0 ? K : 1, bias, outs);
+      if (r >= halo) finish(r - halo, tile, *outs[K - 1]);
+      if (halo && r + 1 == source.height) finish(r, tile, *outs[halo]);
     }
   }
 }
@@ -305,20 +339,23 @@ struct alignas(64) WeightSums {
   }
 };
 
-// Adds one row's products: K² accumulators stay in registers along the row.
+// Adds the products of one row of x and the rows of the gradient that it is read for, grads[h] through row h of the
+// taps: K² sums stay in registers along the row.
 template <int K, class A>
-INTI_INLINE void add_row_products(const RowRing<A, K>& ring, const Row<A>& grad, int64_t r, const Tile& tile,
+INTI_INLINE void add_row_products(const Row<A>& row, const Row<A>* const* grads, const Tile& tile,
                                   A (*taps)[kChannels<A>]) {
   for (int c = 0; c < tile.channels; c += kLanes<A>) {
     Vec<A> sums[K][K] = {};
-    const Row<A>* rows[K];
-    for (int h = 0; h < K; ++h) rows[h] = &ring.row(r + h - K / 2);
     for (int i = 0; i < tile.columns; ++i) {
-      const Vec<A> g = load(&grad.at[i][c]);
+      Vec<A> x[K];
 #pragma GCC unroll 3
-      for (int h = 0; h < K; ++h)
+      for (int w = 0; w < K; ++w) x[w] = load(&row.at[i + w][c]);
 #pragma GCC unroll 3
-        for (int w = 0; w < K; ++w) sums[h][w] += g * load(&rows[h]->at[i + w][c]);
+      for (int h = 0; h < K; ++h) {
+        const Vec<A> g = load(&grads[h]->at[i][c]);
+#pragma GCC unroll 3
+        for (int w = 0; w < K; ++w) sums[h][w] += g * x[w];
+      }
     }
 #pragma GCC unroll 3
     for (int h = 0; h < K; ++h)
@@ -340,18 +377,20 @@ template <class T, class Y, int K, class A>
 void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, int64_t out_frame, const FrameTaps& taps,
                         Tile tile, WeightSums<A, K>& sums) {
   constexpr int halo = K / 2, width = kColumns - 2 * halo;
-  RowRing<A, K> rings[kKernelTime];
-  Row<A> grad;
+  Row<A> row, slots[K];  // row r of the gradient lies in slot r mod K
   for (tile.column = 0; tile.column < x.width; tile.column += width) {
     tile.columns = int(x.width - tile.column < width ? x.width - tile.column : width);
-    for (int64_t r = -halo; r < x.height + halo; ++r) {
-      for (int f = 0; f < taps.count; ++f)
-        stage_row<T>(x, batch, taps.at[f].frame, r, tile, halo, rings[f].slots[(r + K) % K]);
-      if (r < halo) continue;
-      stage_row<Y>(grad_y, batch, out_frame, r - halo, tile, 0, grad);
-      for (int f = 0; f < taps.count; ++f)
-        add_row_products<K>(rings[f], grad, r - halo, tile, sums.rows + taps.at[f].tap * K * K);
-      add_row(grad, tile, sums.rows[sums.kRows - 1]);
+    for (int64_t r = -2 * halo; r < x.height; ++r) {
+      Row<A>& next = slots[(r + halo + K) % K];
+      stage_row<Y>(grad_y, batch, out_frame, r + halo, tile, 0, next);
+      if (r + halo >= 0 && r + halo < x.height) add_row(next, tile, sums.rows[sums.kRows - 1]);
+      if (r < 0) continue;
+      const Row<A>* grads[K];
+      for (int h = 0; h < K; ++h) grads[h] = &slots[(r - h + halo + K) % K];
+      for (int f = 0; f < taps.count; ++f) {
+        stage_row<T>(x, batch, taps.at[f].frame, r, tile, halo, row);
+        add_row_products<K>(row, grads, tile, sums.rows + taps.at[f].tap * K * K);
+      }
     }
   }
 }
