@@ -295,7 +295,7 @@ void interpolation_head_backward(const std::array<int64_t, 7>& shape, const std:
   call(inti::cpu_kernels().interpolation_head_backward, p);
 }
 
-// shape: (rows, in, out)
+// shape: (rows, in, out); type: of the weight
 inti::FewRowsShape few_rows_shape(const std::array<int64_t, 3>& s, const std::string& type, int threads) {
   return {s[0], s[1], s[2], dtype(type), threads};
 }

@@ -327,19 +327,23 @@ def test_a_convolution_has_no_other_pair_of_dtypes(pair: tuple[torch.dtype, torc
 # --- Linears of a few rows --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.float64, *HALVES], ids=str)
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), (15, 130, 70), (23, 64, 32), (8, 3, 65), (0, 5, 3), (3, 0, 5), (3, 5, 0)], ids=str
 )
 def test_a_linear_of_a_few_rows(
-    sizes: tuple[int, int, int], accumulate: bool, dtype: torch.dtype, backend: str
+    sizes: tuple[int, int, int], accumulate: bool, of_weight: torch.dtype, backend: str
 ) -> None:
     """Of a weight and gradients that are columns of wider matrices, as the head's are."""
     rows, width, out = sizes
+    dtype = torch.promote_types(of_weight, torch.float32)
     torch.manual_seed(0)
     x, bias, before = (torch.randn(*size, dtype=dtype) for size in ((rows, width), (out,), (out, width)))
-    weight, wide = torch.randn(out, width + 3, dtype=dtype)[:, 3:], torch.empty(out, width + 5, dtype=dtype)
+    weight, wide = (
+        torch.randn(out, width + 3, dtype=dtype).to(of_weight)[:, 3:],
+        torch.empty(out, width + 5, dtype=dtype),
+    )
     grad_y = torch.randn(rows, 2, out, dtype=dtype)[:, 0]
     bound = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
 
@@ -351,9 +355,9 @@ def test_a_linear_of_a_few_rows(
     wide[:, :2], wide[:, -3:] = 7, 7
     given = {"grad_weight": grad_weight, "accumulate": accumulate, "grad_bias": grad_bias}
     _few_rows.backward(grad_y, x, weight, grad_x=grad_x, **given)
-    of_weight = grad_y.double().t() @ x.double() + (before if accumulate else 0)
+    right = grad_y.double().t() @ x.double() + (before if accumulate else 0)
     torch.testing.assert_close(grad_x, (grad_y.double() @ weight.double()).to(dtype), **bound)
-    torch.testing.assert_close(grad_weight, of_weight.to(dtype), **bound)
+    torch.testing.assert_close(grad_weight, right.to(dtype), **bound)
     torch.testing.assert_close(grad_bias, grad_y.double().sum(0).to(dtype), **bound)
     assert bool((wide[:, :2] == 7).all() and (wide[:, -3:] == 7).all())
     # One of them alone.
@@ -363,6 +367,15 @@ def test_a_linear_of_a_few_rows(
     alone = torch.full_like(before, math.nan) if not accumulate else before
     _few_rows.backward(grad_y, x, weight, grad_x=None, grad_weight=alone, accumulate=accumulate)
     assert_same_bits(alone, grad_weight)
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16], ids=str)
+def test_a_linear_of_a_few_rows_is_wide_beside_its_weight(other: torch.dtype, backend: str) -> None:
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4).half(), torch.randn(5)
+    with pytest.raises(ValueError, match="beside a weight"):
+        _few_rows.forward(x.to(other), weight, bias)
+    with pytest.raises(ValueError, match="beside a weight"):
+        _few_rows.backward(torch.randn(3, 5), x, weight, grad_x=None, grad_weight=torch.empty(5, 4, dtype=other))
 
 
 def test_what_is_multiplied_in_what() -> None:

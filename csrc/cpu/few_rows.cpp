@@ -49,7 +49,7 @@ void normalize(const Pass& p) {
   });
 }
 
-template <class A>
+template <class A, class W>
 void forward(const FewRowsForward& p) {
   const FewRowsShape& s = p.shape;
   if (p.norm_weight) normalize<A>(p);
@@ -59,7 +59,7 @@ void forward(const FewRowsForward& p) {
       constexpr int kRows = decltype(count)::value;
       A products[kRows][kOutputs];
       for (int64_t n = begin; n < end; ++n) {
-        const A* weight = static_cast<const A*>(p.weight) + n * p.weight_pitch;
+        const W* weight = static_cast<const W*>(p.weight) + n * p.weight_pitch;
         Vec<A> sums[kRows] = {};
         for_each_vector<A>(s.in, [&](int64_t c, auto load, auto) __attribute__((always_inline)) {
           const Vec<A> w = load(weight + c);
@@ -105,19 +105,19 @@ void activation_backward(const FewRowsBackward& p) {
 }
 
 // The gradient of what the Linear took.
-template <class A>
+template <class A, class W>
 void linear_backward(const FewRowsBackward& p, A* grad_input) {
   const FewRowsShape& s = p.shape;
   const A* grad = static_cast<const A*>(p.grad_preactivation);
   for_each_part(s.in, kInputs, s.threads, [&](int64_t begin, int64_t end) {
-    const A* weight = static_cast<const A*>(p.weight) + begin;
+    const W* weight = static_cast<const W*>(p.weight) + begin;
     for (int64_t row = 0; row < s.rows; ++row)
       for (int64_t c = begin; c < end; ++c) grad_input[row * s.in + c] = 0;
     for (int64_t n0 = 0; n0 < s.out; n0 += kLines) {
       const int64_t n1 = least(n0 + kLines, s.out);
       // The processor doesn't guess the next lines of a strip.
       for (int64_t n = n1; n < n1 + kLines && n < s.out; ++n)
-        for (int64_t c = 0; c < end - begin; c += 64 / int64_t(sizeof(A)))
+        for (int64_t c = 0; c < end - begin; c += 64 / int64_t(sizeof(W)))
           __builtin_prefetch(weight + n * p.weight_pitch + c);
       for_each_rows(0, s.rows, [&](auto count, int64_t row) __attribute__((always_inline)) {
         constexpr int kRows = decltype(count)::value;
@@ -209,23 +209,30 @@ void norm_backward(const FewRowsBackward& p) {
   });
 }
 
-template <class A>
+template <class A, class W>
 void backward(const FewRowsBackward& p) {
   activation_backward<A>(p);
-  if (void* grad_input = p.norm_weight ? p.grad_normalized : p.grad_x) linear_backward(p, static_cast<A*>(grad_input));
+  if (void* grad_input = p.norm_weight ? p.grad_normalized : p.grad_x)
+    linear_backward<A, W>(p, static_cast<A*>(grad_input));
   if (p.norm_weight) normalize<A>(p);
   if (p.grad_weight) weight_backward<A>(p);
   if (p.norm_weight) norm_backward<A>(p);
 }
 
+// Calls f with the Types of what is computed in and of the weight.
+template <class F>
+void by_dtypes(const FewRowsShape& shape, const F& f) {
+  by_dtype(shape.weight_dtype, [&](auto weight) { f(Type<wide_t<element_t<decltype(weight)>>>{}, weight); });
+}
+
 }  // namespace
 
 void few_rows_forward(const FewRowsForward& p) {
-  p.shape.dtype == DType::float64 ? forward<double>(p) : forward<float>(p);
+  by_dtypes(p.shape, [&](auto a, auto w) { forward<element_t<decltype(a)>, element_t<decltype(w)>>(p); });
 }
 
 void few_rows_backward(const FewRowsBackward& p) {
-  p.shape.dtype == DType::float64 ? backward<double>(p) : backward<float>(p);
+  by_dtypes(p.shape, [&](auto a, auto w) { backward<element_t<decltype(a)>, element_t<decltype(w)>>(p); });
 }
 
 }  // namespace inti::INTI_ISA

@@ -273,9 +273,21 @@ def _check_input(inputs: Inputs, grid: tuple[int, int], prefix: int) -> None:
         weight1=(hidden, 2 * width + dim * any(levels)), bias1=(hidden,), weight2=(2, hidden), bias2=(2,),
         position=(frames, dim),
     )  # fmt: skip
-    for name, tensor, shape in zip(Inputs._fields, inputs, shapes, strict=True):
+    # Most of the time all is well, which one look each can tell; what is to be said of the rest takes longer.
+    dtype, device = inputs.weight.dtype, x.device
+    rest = {
+        name: (tensor, shape)
+        for name, tensor, shape in zip(Inputs._fields, inputs, shapes, strict=True)
+        if not isinstance(tensor, Tensor)
+        or tensor.shape != shape
+        or tensor.dtype != dtype
+        or tensor.device != device
+        or tensor.layout != torch.strided
+    }
+    for name, (tensor, shape) in rest.items():
         recipe.check_like(tensor, name, x, shape, "", optional=name not in _ALWAYS)
-    recipe.check_one_dtype(**{name: tensor for name, tensor in inputs._asdict().items() if name != "position"})
+    if any(tensor is not None for name, (tensor, _) in rest.items() if name != "position"):
+        recipe.check_one_dtype(**{name: tensor for name, tensor in inputs._asdict().items() if name != "position"})
 
 
 def _is_there(inputs: Inputs, level: slice) -> bool:

@@ -8,7 +8,7 @@ namespace inti {
 
 struct FewRowsShape {
   int64_t rows, in, out;
-  DType dtype;  // of all tensors: float32 or float64
+  DType weight_dtype;  // what that is computed in, float32 or float64, all other tensors are of
   int threads;
 };
 

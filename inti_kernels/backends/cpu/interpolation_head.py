@@ -53,10 +53,10 @@ def interpolation_head_forward(
     z, weights = empty((*pairs, x.shape[3]), x), empty((*pairs, 2), features)
     difference = empty(pairs, features, wide_dtype(features))
     preactivation = empty((*pairs, hidden), features) if keep else None
-    wide2, wide_bias2, wide_position = _difference(weight2), _difference(bias2), in_wide_dtype(position, x)
+    wide2, (of_first, of_second), wide_position = _difference(weight2), bias2.tolist(), in_wide_dtype(position, x)
     behind = {
         "weight2": wide2,
-        "bias2": float(wide_bias2),
+        "bias2": of_first - of_second,
         "x": x,
         "x_strides": x.stride()[:3],
         "position": wide_position,
@@ -186,7 +186,7 @@ def interpolation_head_backward(
         _few_rows.backward(
             sums[:, 0],
             rows,
-            as_dtype(weight1[:, width:], wide),
+            weight1[:, width:],
             grad_x=grad_rows,
             grad_weight=grad_weight1[:, width:] if needs[4] else None,
             accumulate=cube is not None,
@@ -238,7 +238,7 @@ class _FirstLinear:
         if frame_context is not None:
             wide = wide_dtype(features)
             rows = as_dtype(frame_context, wide).flatten(0, 1).contiguous()
-            self.frame_bias = _few_rows.forward(rows, as_dtype(weight1[:, width:], wide), self.frame_bias)
+            self.frame_bias = _few_rows.forward(rows, weight1[:, width:], self.frame_bias)
 
     def bias_of_frames(self) -> dict[str, object]:
         """``frame_bias`` as the compiled module takes it."""
@@ -292,10 +292,10 @@ def _columns(weight1: Tensor, features: Tensor, cube: Tensor | None) -> list[tup
     return parts if cube is None else [*parts, (weight1[:, width:], cube.flatten(0, 2))]
 
 
-def _difference(of_two: Tensor) -> Tensor:
-    """Of the two logits' rows, in the wide dtype."""
-    wide = in_wide_dtype(of_two, of_two)
-    return wide[0] - wide[1]
+def _difference(weight2: Tensor) -> Tensor:
+    """Of the two logits' rows [h], in the wide dtype."""
+    first, second = in_wide_dtype(weight2, weight2).unbind(0)
+    return first - second
 
 
 def _shape(
