@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends._arguments import as_dtype
 from ..reference import functional
 
 
@@ -239,6 +240,11 @@ def differentiable_once(op: str) -> Callable[..., Any]:
 def present(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """A custom op can't return None: what isn't there goes out as an empty tensor."""
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def in_dtypes_of(inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Backends may return gradients in the dtype that they were added up in."""
+    return tuple(None if g is None else as_dtype(g, t.dtype) for g, t in zip(grads, inputs, strict=True))
 
 
 def only_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -63,7 +63,7 @@ def _run_backward(
     grads = module.interpolation_head_backward(
         grad_z, grad_weights, *inputs, difference, preactivation, needs, grad_x_accumulate
     )
-    return recipe.present(grads, x)
+    return recipe.present(recipe.in_dtypes_of(inputs, grads), x)
 
 
 @wraps(_run_backward)

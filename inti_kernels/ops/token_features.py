@@ -53,7 +53,7 @@ def _run_backward(
     if any(needs) and not statistics.numel():  # the forward was run where no gradient was in sight
         _, statistics, preactivation = module.token_features_forward(*inputs, True)
     grads = module.token_features_backward(grad_features, *inputs, statistics, preactivation, needs, grad_x_accumulate)
-    return recipe.present(grads, x)
+    return recipe.present(recipe.in_dtypes_of(inputs[:-1], grads), x)
 
 
 _forward = torch.library.custom_op("inti_kernels::token_features", _run_forward, mutates_args=())

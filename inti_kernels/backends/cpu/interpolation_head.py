@@ -109,7 +109,7 @@ def interpolation_head_backward(
     needs: Sequence[bool],
     grad_x_accumulate: Tensor | None,
 ) -> Gradients:
-    """The gradients of features and cube are column slices of one matrix."""
+    """The gradients of features and cube are column slices of one matrix; the network's are in the wide dtype."""
     if not any(needs):
         return (None,) * 9
     expect_interpolation_head(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position)
@@ -203,10 +203,10 @@ def interpolation_head_backward(
         grad_inputs[:, width:].view(cube.shape) if needs[1] else None,
         grad_frame_context,
         None if grad_x_accumulate is not None else grad_x,
-        None if grad_weight1 is None else as_dtype(grad_weight1, weight1.dtype),
-        of_all[0].to(bias1.dtype, copy=True) if needs[5] else None,
-        torch.stack((of_all[1], -of_all[1])).to(weight2.dtype) if needs[6] else None,
-        torch.stack((total, -total)).to(bias2.dtype) if needs[7] else None,
+        grad_weight1,
+        of_all[0].clone() if needs[5] else None,
+        torch.stack((of_all[1], -of_all[1])) if needs[6] else None,
+        torch.stack((total, -total)) if needs[7] else None,
         grad_position,
     )
 

@@ -131,6 +131,7 @@ def token_features_backward(
     needs: Sequence[bool],
     grad_x_accumulate: Tensor | None,
 ) -> Gradients:
+    """The parameters' in the wide dtype."""
     if not any(needs):
         return (None,) * 6
     expect_token_features(x, norm_weight, norm_bias, weight, bias, position)
@@ -193,10 +194,10 @@ def token_features_backward(
     grad_position = add_up(of_frames.view(1, batch, frames, 3, dim))[0, :, 2] if needs[5] else None
     return (
         None if grad_x_accumulate is not None else grad_x,
-        of_norm_parameters[0].to(norm_weight.dtype, copy=True) if needs[1] else None,
-        of_norm_parameters[1].to(norm_bias.dtype, copy=True) if needs[2] else None,
-        None if grad_weight is None else as_dtype(grad_weight, weight.dtype),
-        add_up(bias_partials)[0].to(bias.dtype) if needs[4] else None,
+        of_norm_parameters[0].clone() if needs[1] else None,
+        of_norm_parameters[1].clone() if needs[2] else None,
+        grad_weight,
+        add_up(bias_partials)[0] if needs[4] else None,
         grad_position.to(position.dtype, copy=True) if needs[5] else None,
     )
 
