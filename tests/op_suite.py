@@ -145,6 +145,9 @@ def accumulates_into_a_buffer(subject: Subject) -> None:
         case = subject.case(dtype)
         needs = [case.inputs[name] is not None for name in subject.arguments]
         fresh = list(subject.backward(case, needs))
+        # Of the dispatcher's op: autograd would round whatever it gets.
+        inputs = [case.inputs[name] for name in subject.arguments]
+        assert [grad.dtype for grad in fresh] == [(case.inputs["x"] if t is None else t).dtype for t in inputs]
         fresh_x = fresh.pop(subject.number_of_x)
         x = case.inputs["x"]
         guarded = torch.full((x.numel() + 64,), 7.0, dtype=dtype)

@@ -61,7 +61,10 @@ def computed(
     with torch.no_grad():
         forward, backward = (kind(frame, convolutions, EPS) for _ in range(2))
         context = forward.forward(cls)
-        assert_same_bits(backward.resume(cls, None, forward.kept), context)
+        resumed = backward.resume(cls, None, forward.kept)
+        assert_same_bits(resumed, context)
+        if kind is class_levels.ClassLevels and context.numel():
+            assert resumed is forward.kept.context  # not computed again
         of_cls, of_parameters = backward.backward(grad)
     return [context, of_cls, *of_parameters]
 
@@ -136,6 +139,20 @@ def test_the_module_refuses_shapes_that_do_not_go_together(which: int, kernels: 
     (frame if which < 8 else convolutions)[which % 8] = [*frame, *convolutions][which].detach()[:-1]
     with pytest.raises(ValueError, match="expected"):
         computed(class_levels.ClassLevels, torch.randn(2, 4, 12), frame, convolutions, torch.randn(2, 2, 12))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_the_module_refuses_what_another_forward_kept(which: int, kernels: str) -> None:
+    frame, convolutions = ([p.detach() for p in level] for level in parameters(4, torch.float32))
+    levels, cls = class_levels.ClassLevels(frame, convolutions, EPS), torch.randn(2, 4, 12)
+    context = levels.forward(cls)
+    kept = list(levels.kept)
+    kept[which] = kept[which][:1]
+    with pytest.raises(ValueError, match="expected"):
+        levels.resume(cls, None, _class_levels.Kept(*kept))
+    # What is missing is computed again.
+    kept[which] = None
+    assert_same_bits(levels.resume(cls, None, _class_levels.Kept(*kept)), context)
 
 
 def test_the_module_refuses_an_odd_number_of_frames(kernels: str) -> None:

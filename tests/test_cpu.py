@@ -310,6 +310,17 @@ def test_a_convolution_of_float32_in_16_bits(dtype: torch.dtype, backend: str) -
     assert_same_bits(*found)
 
 
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_convolutions_taps_see_no_gradient_outside_of_the_grid(row: int, kernels: str) -> None:
+    """Of an infinite x in the first or last row the taps that lead out of the grid know nothing."""
+    x, grad_y = torch.randn(1, 2, 12, 8), torch.randn(1, 1, 12, 8)
+    x.view(1, 2, 3, 4, 8)[:, :, row] = math.inf
+    arguments = (x, torch.randn(8, 1, 3, 3, 3), None, None, (3, 4), 2, 0)
+    grad = depthwise_conv3d.depthwise_conv3d_backward(grad_y, *arguments, (False, True, False, False), None)[1]
+    assert bool(grad[:, 0, 1:, 2 - row].isfinite().all())
+    assert not bool(grad[:, 0, 1:, row].isfinite().any())
+
+
 @pytest.mark.parametrize(
     "pair",
     [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)],
@@ -511,9 +522,7 @@ def test_tokens_of_another_dtype_than_the_linear(
     for ours, theirs in zip((features, *grads), (expected, *wanted), strict=True):
         theirs = theirs.detach()
         error = (ours.double() - theirs).square().mean().sqrt()
-        eps = max(
-            torch.finfo(network).eps, torch.finfo(ours.dtype).eps
-        )  # a gradient is rounded to its own tensor's dtype
+        eps = max(torch.finfo(network).eps, torch.finfo(ours.dtype).eps)  # x's gradient is rounded to x's dtype
         assert float(error) <= 1.5 * eps * float(theirs.square().mean().sqrt())
 
 

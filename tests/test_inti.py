@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_subject import UNDER_TEST, Subject, assert_same_bits, gradients, layouts
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from inti_kernels import backends, ops
 from inti_kernels.backends.cpu import _products
@@ -124,9 +125,31 @@ def test_recompute_gives_the_same_and_keeps_little(kernels: str, context: tuple[
     assert large == ((0, 0, 0) if recompute else (half * 2 // 5 * 2, half if "cube" in context else 0, half))
     assert kept.statistics.numel() == (0 if recompute else 2 * x[..., 0].numel())
     assert kept.difference.shape == (x.shape[0], x.shape[1] // 2, x.shape[2])
+    has_frame, has_any = ("frame" in context), ("frame" in context or "global" in context)
+    batch, frames, _, dim = x.shape
+    of_class = [has_frame * batch * frames * (dim // 2), has_frame * batch * frames * dim // 2]
+    of_class = [*of_class, has_any * batch * frames * dim // 2]
+    by_kernels = kernels == "cpu" and not recompute
+    assert [tensor.numel() for tensor in kept[-3:]] == (of_class if by_kernels else [0] * 3)
     grads = subject.backward(case, needs)
     for again in (replace(subject, recompute=not recompute).backward(case, needs), _without_keep(subject, case, needs)):
         torch.testing.assert_close(again, grads, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.only_under_test("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("named", ["triton", "cuda"])
+def test_tokens_without_data_on_a_gpu_that_is_not_here(named: str, dtype: torch.dtype) -> None:
+    inputs, sizes = SUBJECT.case(dtype)
+    with FakeTensorMode():
+        faked = {
+            name: None if t is None else torch.empty(t.shape, dtype=dtype, device="cuda", requires_grad=True)
+            for name, t in inputs.items()
+        }
+        z, weights = ops.inti(**faked, **sizes, backend=named)
+    batch, frames, tokens, dim = inputs["x"].shape
+    assert (z.shape, z.dtype, z.requires_grad) == ((batch, frames // 2, tokens, dim), dtype, True)
+    assert weights.shape == (batch, frames // 2, tokens, 2)
 
 
 def _without_keep(subject: Inti, case: OpCase, needs: list[bool]) -> Any:

@@ -18,8 +18,8 @@ constexpr int kKernelTime = 3;
 // whatever the grid.
 constexpr int kColumns = 32;
 
-// 256 bytes of channels: whole cache lines, and few enough that all rows of a 16-wide grid that are worked on, 7 of
-// 4 KB with their weights, stay in an L1 of 48 KB, and most of them in one of 32 KB.
+// 256 bytes of channels: whole cache lines, and few enough that what is worked on stays in L1, or most of it in one of
+// 32 KB: of a 16-wide grid three staged rows, three output rows and the weights, 32 KB together.
 template <class A>
 constexpr int kChannels = 256 / int(sizeof(A));
 
@@ -340,9 +340,9 @@ struct alignas(64) WeightSums {
 };
 
 // Adds the products of one row of x and the rows of the gradient that it is read for, grads[h] through row h of the
-// taps: K² sums stay in registers along the row.
+// taps, h in [begin, end): K² sums stay in registers along the row.
 template <int K, class A>
-INTI_INLINE void add_row_products(const Row<A>& row, const Row<A>* const* grads, const Tile& tile,
+INTI_INLINE void add_row_products(const Row<A>& row, const Row<A>* const* grads, int begin, int end, const Tile& tile,
                                   A (*taps)[kChannels<A>]) {
   for (int c = 0; c < tile.channels; c += kLanes<A>) {
     Vec<A> sums[K][K] = {};
@@ -359,8 +359,9 @@ INTI_INLINE void add_row_products(const Row<A>& row, const Row<A>* const* grads,
     }
 #pragma GCC unroll 3
     for (int h = 0; h < K; ++h)
+      if (h >= begin && h < end)
 #pragma GCC unroll 3
-      for (int w = 0; w < K; ++w) store(&taps[h * K + w][c], load(&taps[h * K + w][c]) + sums[h][w]);
+        for (int w = 0; w < K; ++w) store(&taps[h * K + w][c], load(&taps[h * K + w][c]) + sums[h][w]);
   }
 }
 
@@ -387,9 +388,11 @@ void add_frame_products(const Source& x, const Source& grad_y, int64_t batch, in
       if (r < 0) continue;
       const Row<A>* grads[K];
       for (int h = 0; h < K; ++h) grads[h] = &slots[(r - h + halo + K) % K];
+      // Outside of the grid there is no gradient, not one of 0, which x may make NaN.
+      const int begin = r + halo < x.height ? 0 : halo, end = r >= halo ? K : K - halo;
       for (int f = 0; f < taps.count; ++f) {
         stage_row<T>(x, batch, taps.at[f].frame, r, tile, halo, row);
-        add_row_products<K>(row, grads, tile, sums.rows + taps.at[f].tap * K * K);
+        add_row_products<K>(row, grads, begin, end, tile, sums.rows + taps.at[f].tap * K * K);
       }
     }
   }

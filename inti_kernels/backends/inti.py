@@ -103,7 +103,7 @@ class Sizes(NamedTuple):
 def computed_in(x: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
     """The dtype of the products and of what is kept of them: ``dtype``, but float32 for tokens in float32 where the
     machine has no products in autocast's. Tokens without data run nowhere, and no backend is settled for them."""
-    if x.dtype == torch.float32 and not x.is_meta and settle("inti", backend, x) == "cpu":
+    if x.dtype == torch.float32 and x.device.type == "cpu" and settle("inti", backend, x) == "cpu":
         from .cpu._products import product_dtype
 
         return product_dtype(dtype)
@@ -113,7 +113,7 @@ def computed_in(x: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
 def keeps_class_levels(x: Tensor, backend: str) -> bool:
     """Whether the forward keeps what it can of the frame and the global level: what kernels computed. Tokens without
     data run nowhere."""
-    return not x.is_meta and settle("inti", backend, x) == "cpu"
+    return x.device.type == "cpu" and settle("inti", backend, x) == "cpu"
 
 
 def inti_forward(
@@ -251,8 +251,8 @@ class _Chain:
         return None if context is None else as_dtype(context, self.dtype)
 
     def class_levels(self) -> ClassLevels:
-        """In the wide dtype on the CPU: PyTorch's 16-bit products of a few rows are slow there, and the compiled module
-        has none."""
+        """In the wide dtype on the CPU: PyTorch's 16-bit products of a few rows are slow there, and the compiled
+        module's frame level has none."""
         dtype = self.dtype if self.inputs.x.is_cuda else wide_dtype(self.inputs.x)
         frame, convolutions = self.inputs[FRAME], self.inputs[GLOBAL]
         kind = ClassLevels

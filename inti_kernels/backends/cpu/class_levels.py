@@ -14,6 +14,9 @@ from .._class_levels import Kept
 from .._memory import empty
 from ._call import call
 
+# In place of a level's parameters, and of their gradients, without the level.
+_NO_FRAME, _NO_CONVOLUTIONS = [None] * 8, [None] * 6
+
 
 class ClassLevels:
     """As the one in PyTorch, with all in the wide dtype but the class tokens, and a forward that is kept."""
@@ -37,13 +40,13 @@ class ClassLevels:
         return context
 
     def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
-        if kept.context is None:
+        # With C/2 rounded down to 0 a frame has no preactivation to keep, nor any a clip that isn't there.
+        needed = kept if self.frame else kept[2:]
+        if any(tensor is None for tensor in needed):
             return self.forward(cls, position)
         self._look_at(cls, position)
         of_frames, of_pairs = self._shapes()
-        expect(cls, (kept.context, of_pairs))
-        if self.frame:
-            expect(cls, (kept.frame_preactivation, of_frames), (kept.pair_preactivation, of_pairs))
+        expect(cls, *zip(needed, (of_frames, of_pairs, of_pairs)[-len(needed) :], strict=True))
         self.kept = Kept(*(None if tensor is None else in_wide_dtype(tensor, cls) for tensor in kept))
         return self.kept.context
 
@@ -59,8 +62,8 @@ class ClassLevels:
             pair_preactivation=self.kept.pair_preactivation,
             grad_context=grad.contiguous(),
             grad_x=grad_cls,
-            grad_frame=grads[:count] or [None] * 8,
-            grad_convolutions=grads[count:] or [None] * 6,
+            grad_frame=grads[:count] or _NO_FRAME,
+            grad_convolutions=grads[count:] or _NO_CONVOLUTIONS,
         )
         return grad_cls, grads
 
@@ -81,8 +84,8 @@ class ClassLevels:
             "x": cls,
             "x_strides": cls.stride()[:2],
             "position": in_wide_dtype(position, cls),
-            "frame": self.wide[:count] or [None] * 8,
-            "convolutions": self.wide[count:] or [None] * 6,
+            "frame": self.wide[:count] or _NO_FRAME,
+            "convolutions": self.wide[count:] or _NO_CONVOLUTIONS,
             "eps": self.eps,
             "workspace": empty(
                 (native.load().class_levels_workspace(batch, frames, dim, half, threads),), cls, self.dtype
