@@ -8,6 +8,7 @@
 
 namespace inti::INTI_ISA {
 
+// Of another file of the same instruction set; kernels.inc, which declares all, is of all sets.
 void few_rows_forward(const FewRowsForward&);
 void few_rows_backward(const FewRowsBackward&);
 

@@ -128,16 +128,12 @@ def inti_forward(
     cube = cube if keep else run.cube()
     class_levels = run.class_levels()
     context = run.in_dtype(class_levels.forward(run.class_tokens(), run.position))
-    large = not recompute
-    z, weights, difference, head_preactivation = run.head(features, cube, context, keep and large)
-    kept = (statistics, token_preactivation, cube, difference, head_preactivation, *class_levels.kept)
-    there = (large, large, large, True, large, large, large, large)
+    z, weights, difference, head_preactivation = run.head(features, cube, context, keep and not recompute)
+    kept = Kept(statistics, token_preactivation, cube, difference, head_preactivation, *class_levels.kept)
+    stays = () if not keep else ("difference",) if recompute else Kept._fields
     # An op's outputs may not be one tensor twice.
     kept = Kept(
-        *(
-            t if keep and is_kept and t is not None else features.new_empty(0)
-            for t, is_kept in zip(kept, there, strict=True)
-        )
+        *(t if name in stays and t is not None else features.new_empty(0) for name, t in kept._asdict().items())
     )
     return z, as_dtype(weights, sizes.dtype), kept
 

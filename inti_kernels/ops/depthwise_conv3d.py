@@ -83,7 +83,7 @@ def _(
     return recipe.unfold(_backward(*folded, weight, bias, position, *sizes), size), (0, 0, 0, 0)
 
 
-@recipe.with_eager_twin
+@recipe.with_eager_twin(_run_forward)
 class DepthwiseConv3d(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
@@ -98,8 +98,7 @@ class DepthwiseConv3d(torch.autograd.Function):
         prefix: int,
         backend: str,
     ) -> Tensor:
-        run = _run_forward if recipe.plain_eager(x) else _forward
-        return run(x, weight, bias, position, grid, temporal_stride, prefix, backend)
+        return _forward(x, weight, bias, position, grid, temporal_stride, prefix, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

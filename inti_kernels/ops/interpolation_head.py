@@ -111,7 +111,7 @@ def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return recipe.unfold(_backward(*folded), size), (0,) * 9
 
 
-@recipe.with_eager_twin
+@recipe.with_eager_twin(_run_forward)
 class InterpolationHead(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
@@ -129,8 +129,7 @@ class InterpolationHead(torch.autograd.Function):
         keep: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        run = _run_forward if recipe.plain_eager(x) else _forward
-        return run(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep, backend)
+        return _forward(features, cube, frame_context, x, weight1, bias1, weight2, bias2, position, keep, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -123,7 +123,7 @@ def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return recipe.unfold(_backward(*folded), size), out_dims
 
 
-@recipe.with_eager_twin
+@recipe.with_eager_twin(_run_forward)
 class Inti(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike: :class:`Inputs`, :class:`Sizes`,
     keep, recompute, backend."""
@@ -131,8 +131,7 @@ class Inti(torch.autograd.Function):
     @staticmethod
     @recipe.with_parameters(*Inputs._fields, *Sizes._fields, "keep", "recompute", "backend")
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        run = _run_forward if recipe.plain_eager(args[0]) else _forward
-        return run(*args)
+        return _forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

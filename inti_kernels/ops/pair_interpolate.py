@@ -63,14 +63,13 @@ def _(info, in_dims, grad_z, grad_weights, x, logits, position, needs, grad_x_ac
     return recipe.unfold(_backward(*folded, position, needs, grad_x_accumulate, backend), size), (0, 0, 0)
 
 
-@recipe.with_eager_twin
+@recipe.with_eager_twin(_run_forward)
 class PairInterpolate(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
     @staticmethod
     def forward(x: Tensor, logits: Tensor, position: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-        run = _run_forward if recipe.plain_eager(x) else _forward
-        return run(x, logits, position, backend)
+        return _forward(x, logits, position, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -94,7 +94,7 @@ def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return recipe.unfold(grads, size), out_dims
 
 
-@recipe.with_eager_twin
+@recipe.with_eager_twin(_run_forward)
 class TokenFeatures(torch.autograd.Function):
     """The op with its backward, for autograd, torch.compile and torch.func alike."""
 
@@ -110,8 +110,7 @@ class TokenFeatures(torch.autograd.Function):
         keep: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run = _run_forward if recipe.plain_eager(x) else _forward
-        return run(x, norm_weight, norm_bias, weight, bias, position, eps, keep, backend)
+        return _forward(x, norm_weight, norm_bias, weight, bias, position, eps, keep, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
