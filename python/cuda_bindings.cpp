@@ -14,6 +14,7 @@
 
 #include "dtype.h"
 #include "inti/build_info.h"
+#include "inti/cuda/class_levels.h"
 #include "inti/cuda/code_for.h"
 #include "inti/cuda/depthwise_conv3d.h"
 #include "inti/cuda/interpolation_head.h"
@@ -64,6 +65,11 @@ void convert(py::handle from, InterpolationHeadShape& to) {
   to = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], dtype_at(from, 7), dtype_at(from, 8)};
 }
 
+void convert(py::handle from, ClassLevelsShape& to) {
+  const auto s = sizes<4>(from, 2);
+  to = {s[0], s[1], s[2], s[3], dtype_at(from, 4), dtype_at(from, 5)};
+}
+
 template <class Shape>
 Shape shape(py::handle from) {
   Shape to;
@@ -81,6 +87,14 @@ void convert(py::handle from, int64_t& to) { to = from.cast<int64_t>(); }
 void convert(py::handle from, inti::Strides& to) {
   const auto s = from.cast<std::array<int64_t, 3>>();
   to = {s[0], s[1], s[2]};
+}
+
+template <class P, size_t N>
+void convert(py::handle from, P (&to)[N]) {
+  const auto all = from.cast<py::sequence>();
+  if (all.size() != N)
+    throw py::type_error("expected " + std::to_string(N) + " addresses, got " + std::to_string(all.size()));
+  for (size_t i = 0; i < N; ++i) convert(all[i], to[i]);
 }
 
 template <class T>
@@ -303,10 +317,82 @@ void define_interpolation_head(py::module_& m) {
                          {"stream", &set<&Preactivation::stream>}});
 }
 
+void define_class_levels(py::module_& m) {
+  using Normalize = ClassLevelsNormalize;
+  define<Normalize>(m, "class_levels_normalize", &class_levels_normalize,
+                    {{"shape", &set<&Normalize::shape>},
+                     {"x", &set<&Normalize::x>},
+                     {"x_strides", &set<&Normalize::x_strides>},
+                     {"position", &set<&Normalize::position>},
+                     {"preactivation", &set<&Normalize::preactivation>},
+                     {"norm_weight", &set<&Normalize::norm_weight>},
+                     {"norm_bias", &set<&Normalize::norm_bias>},
+                     {"eps", &set<&Normalize::eps>},
+                     {"normalized", &set<&Normalize::normalized>},
+                     {"stream", &set<&Normalize::stream>}});
+  using Context = ClassLevelsContext;
+  define<Context>(m, "class_levels_context", &class_levels_context,
+                  {{"shape", &set<&Context::shape>},
+                   {"x", &set<&Context::x>},
+                   {"x_strides", &set<&Context::x_strides>},
+                   {"position", &set<&Context::position>},
+                   {"pair_preactivation", &set<&Context::pair_preactivation>},
+                   {"convolutions", &set<&Context::convolutions>},
+                   {"workspace", &set<&Context::workspace>},
+                   {"context", &set<&Context::context>},
+                   {"stream", &set<&Context::stream>}});
+  using BackwardContext = ClassLevelsBackwardContext;
+  define<BackwardContext>(m, "class_levels_backward_context", &class_levels_backward_context,
+                          {{"shape", &set<&BackwardContext::shape>},
+                           {"x", &set<&BackwardContext::x>},
+                           {"x_strides", &set<&BackwardContext::x_strides>},
+                           {"position", &set<&BackwardContext::position>},
+                           {"pair_preactivation", &set<&BackwardContext::pair_preactivation>},
+                           {"convolutions", &set<&BackwardContext::convolutions>},
+                           {"workspace", &set<&BackwardContext::workspace>},
+                           {"grad_context", &set<&BackwardContext::grad_context>},
+                           {"grad_pair_preactivation", &set<&BackwardContext::grad_pair_preactivation>},
+                           {"grad_pair_bias", &set<&BackwardContext::grad_pair_bias>},
+                           {"grad_x", &set<&BackwardContext::grad_x>},
+                           {"grad_convolutions", &set<&BackwardContext::grad_convolutions>},
+                           {"stream", &set<&BackwardContext::stream>}});
+  using BackwardNorm = ClassLevelsBackwardNorm;
+  define<BackwardNorm>(m, "class_levels_backward_norm", &class_levels_backward_norm,
+                       {{"shape", &set<&BackwardNorm::shape>},
+                        {"x", &set<&BackwardNorm::x>},
+                        {"x_strides", &set<&BackwardNorm::x_strides>},
+                        {"position", &set<&BackwardNorm::position>},
+                        {"preactivation", &set<&BackwardNorm::preactivation>},
+                        {"norm_weight", &set<&BackwardNorm::norm_weight>},
+                        {"norm_bias", &set<&BackwardNorm::norm_bias>},
+                        {"eps", &set<&BackwardNorm::eps>},
+                        {"grad_normalized", &set<&BackwardNorm::grad_normalized>},
+                        {"normalized", &set<&BackwardNorm::normalized>},
+                        {"statistics", &set<&BackwardNorm::statistics>},
+                        {"grad_preactivation", &set<&BackwardNorm::grad_preactivation>},
+                        {"grad_x", &set<&BackwardNorm::grad_x>},
+                        {"accumulate", &set<&BackwardNorm::accumulate>},
+                        {"stream", &set<&BackwardNorm::stream>}});
+  using BackwardSums = ClassLevelsBackwardSums;
+  define<BackwardSums>(m, "class_levels_backward_sums", &class_levels_backward_sums,
+                       {{"shape", &set<&BackwardSums::shape>},
+                        {"x", &set<&BackwardSums::x>},
+                        {"x_strides", &set<&BackwardSums::x_strides>},
+                        {"position", &set<&BackwardSums::position>},
+                        {"preactivation", &set<&BackwardSums::preactivation>},
+                        {"statistics", &set<&BackwardSums::statistics>},
+                        {"grad_normalized", &set<&BackwardSums::grad_normalized>},
+                        {"grad_preactivation", &set<&BackwardSums::grad_preactivation>},
+                        {"grad_norm_weight", &set<&BackwardSums::grad_norm_weight>},
+                        {"grad_norm_bias", &set<&BackwardSums::grad_norm_bias>},
+                        {"grad_bias", &set<&BackwardSums::grad_bias>},
+                        {"stream", &set<&BackwardSums::stream>}});
+}
+
 void define_partial_sums(py::module_& m) {
   m.def(
       "partial_sums",
-      [](const py::list& sums, const std::string& of, uintptr_t stream) {
+      [](const py::tuple& sums, const std::string& of, uintptr_t stream) {
         if (sums.size() > kMostPartialSums) throw py::value_error("partial_sums takes up to 16 sums");
         PartialSums params{};
         params.dtype = dtype(of);
@@ -412,6 +498,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "interpolation_head_tiles",
       [](const py::tuple& s) { return interpolation_head_tiles(shape<InterpolationHeadShape>(s)); }, "shape"_a);
+  define_class_levels(m);
+  m.def(
+      "class_levels_workspace", [](const py::tuple& s) { return class_levels_workspace(shape<ClassLevelsShape>(s)); },
+      "shape"_a);
   define_partial_sums(m);
 #ifdef INTI_EMULATED
   define_emulator(m);

@@ -1,36 +1,49 @@
-"""The frame and the global level as the op `inti` has them, in PyTorch and by the compiled module, against autograd of
-the reference; on a GPU the frame level runs in 16 bits, which is tried here on the CPU."""
+"""The frame and the global level as the op `inti` has them, in PyTorch and by the compiled modules, against autograd of
+the reference; in 16 bits, as a GPU has them, in PyTorch on the CPU too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
 from conftest import state_of, variants
-from op_subject import assert_same_bits
+from op_subject import UNDER_TEST, assert_same_bits
 from torch import Tensor
 
 from inti_kernels import InTI
 from inti_kernels.backends import _class_levels
-from inti_kernels.backends.cpu import class_levels
 from inti_kernels.reference import functional
 from inti_kernels.testing import assert_close_three_way, op_cases, three_way
 
-pytestmark = pytest.mark.only_under_test("cpu")
+pytestmark = pytest.mark.only_under_test("cpu", "cuda")
 
 EPS = (1e-5, 1e-3)
 LEVELS = [(True, True), (True, False), (False, True)]
 
 
-@pytest.fixture(params=["in PyTorch", *variants()])
+IN_PYTORCH = ["in PyTorch"] * (UNDER_TEST == "cpu")
+
+
+@pytest.fixture(params=[*IN_PYTORCH, *variants()])
 def kind(request: pytest.FixtureRequest) -> Iterator[type]:
-    """What computes the levels: PyTorch, or the compiled module by each instruction set."""
-    if request.param == "in PyTorch":
+    """What computes the levels: PyTorch, or a compiled module, the CPU's by each instruction set."""
+    if request.param in IN_PYTORCH:
         yield _class_levels.ClassLevels
         return
-    with state_of(request.param):
-        yield class_levels.ClassLevels
+    with state_of(request.param) as name:
+        yield of_kernels(name)
+
+
+@pytest.fixture
+def of_module(kernels: str) -> type:
+    """What computes the levels, a compiled module's only."""
+    return of_kernels(kernels)
+
+
+def of_kernels(backend: str) -> type:
+    return import_module(f"inti_kernels.backends.{backend}.class_levels").ClassLevels
 
 
 def parameters(frames: int, dtype: torch.dtype, dim: int = 12) -> tuple[list[Tensor], list[Tensor]]:
@@ -63,7 +76,7 @@ def computed(
         context = forward.forward(cls)
         resumed = backward.resume(cls, None, forward.kept)
         assert_same_bits(resumed, context)
-        if kind is class_levels.ClassLevels and context.numel():
+        if kind is not _class_levels.ClassLevels and context.numel():
             assert resumed is forward.kept.context  # not computed again
         of_cls, of_parameters = backward.backward(grad)
     return [context, of_cls, *of_parameters]
@@ -133,18 +146,18 @@ def test_a_pooling_takes_nan_wherever_it_stands(kind: type) -> None:
 
 
 @pytest.mark.parametrize("which", range(14))
-def test_the_module_refuses_shapes_that_do_not_go_together(which: int, kernels: str) -> None:
+def test_the_module_refuses_shapes_that_do_not_go_together(which: int, of_module: type) -> None:
     """An exported graph calls the op past the user's function and its checks."""
     frame, convolutions = parameters(4, torch.float32)
     (frame if which < 8 else convolutions)[which % 8] = [*frame, *convolutions][which].detach()[:-1]
     with pytest.raises(ValueError, match="expected"):
-        computed(class_levels.ClassLevels, torch.randn(2, 4, 12), frame, convolutions, torch.randn(2, 2, 12))
+        computed(of_module, torch.randn(2, 4, 12), frame, convolutions, torch.randn(2, 2, 12))
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_the_module_refuses_what_another_forward_kept(which: int, kernels: str) -> None:
+def test_the_module_refuses_what_another_forward_kept(which: int, of_module: type) -> None:
     frame, convolutions = ([p.detach() for p in level] for level in parameters(4, torch.float32))
-    levels, cls = class_levels.ClassLevels(frame, convolutions, EPS), torch.randn(2, 4, 12)
+    levels, cls = of_module(frame, convolutions, EPS), torch.randn(2, 4, 12)
     context = levels.forward(cls)
     kept = list(levels.kept)
     kept[which] = kept[which][:1]
@@ -155,13 +168,13 @@ def test_the_module_refuses_what_another_forward_kept(which: int, kernels: str) 
     assert_same_bits(levels.resume(cls, None, _class_levels.Kept(*kept)), context)
 
 
-def test_the_module_refuses_an_odd_number_of_frames(kernels: str) -> None:
+def test_the_module_refuses_an_odd_number_of_frames(of_module: type) -> None:
     _, convolutions = parameters(4, torch.float32)
     with pytest.raises(ValueError, match="expected"):
-        computed(class_levels.ClassLevels, torch.randn(2, 3, 12), None, convolutions, torch.randn(2, 1, 12))
+        computed(of_module, torch.randn(2, 3, 12), None, convolutions, torch.randn(2, 1, 12))
 
 
-def test_the_module_takes_parameters_of_any_strides(kernels: str) -> None:
+def test_the_module_takes_parameters_of_any_strides(of_module: type) -> None:
     frame, convolutions = parameters(6, torch.float64)
     cls, grad = torch.randn(6, 2, 12).double().transpose(0, 1), torch.randn(3, 2, 12).double().transpose(0, 1)
     spread = [
@@ -170,17 +183,18 @@ def test_the_module_takes_parameters_of_any_strides(kernels: str) -> None:
     ]
     assert not any(p.is_contiguous() for level in spread for p in level)
     torch.testing.assert_close(
-        computed(class_levels.ClassLevels, cls, *spread, grad), wanted(cls, frame, convolutions, grad)
+        computed(of_module, cls, *spread, grad), wanted(cls, frame, convolutions, grad)
     )
 
 
-def test_the_module_gives_the_same_bits_at_any_thread_count(kernels: str, threads: None) -> None:
+@pytest.mark.only_under_test("cpu")  # beside CUDA's kernels run torch's products
+def test_the_module_gives_the_same_bits_at_any_thread_count(of_module: type, threads: None) -> None:
     frame, convolutions = parameters(10, torch.float32, 1100)
     cls, grad = torch.randn(3, 10, 1100), torch.randn(3, 5, 1100)
     runs = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        runs.append(computed(class_levels.ClassLevels, cls, frame, convolutions, grad))
+        runs.append(computed(of_module, cls, frame, convolutions, grad))
     for run in runs[1:]:
         assert_same_bits(run, runs[0])
 

@@ -90,8 +90,6 @@ inline void launch_partial_sums(const PartialSums& p) {
     start(partial_sums_kernel<float>, 4);
 }
 
-constexpr DType wide_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
-
 // The sums by which an entry point ends, of those partial sums whose output is wanted.
 class SumList {
  public:

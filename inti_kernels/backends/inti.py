@@ -2,14 +2,15 @@
 autocast on a GPU has kernels read converted tokens), and kept for the backward only what takes a product or a
 convolution to compute again.
 
-The frame and the global level work on B·T class tokens: plain PyTorch, run again in the backward; on the CPU kernels of
-their own.
+The frame and the global level work on B·T class tokens: kernels of their own on the CPU and in CUDA C++, elsewhere plain
+PyTorch, run again in the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
@@ -110,10 +111,23 @@ def computed_in(x: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
     return dtype
 
 
-def keeps_class_levels(x: Tensor, backend: str) -> bool:
-    """Whether the forward keeps what it can of the frame and the global level: what kernels computed. Tokens without
-    data run nowhere."""
-    return x.device.type == "cpu" and settle("inti", backend, x) == "cpu"
+def kept_of_class_levels(inputs: Inputs, backend: str) -> torch.dtype | None:
+    """The dtype of what the forward keeps of the frame level, where kernels compute the class tokens' levels; None where
+    it keeps nothing of them. Tokens without data run nowhere."""
+    x = inputs.x
+    if x.device.type == "cuda" and not torch.cuda.is_available():
+        return None  # tokens that only stand for some
+    kernels = _kernels_of_class_levels(x, backend) if x.device.type in ("cpu", "cuda") else None
+    parameter = next((inputs[level.start] for level in (FRAME, GLOBAL) if inputs[level.start] is not None), None)
+    return None if kernels is None or parameter is None else kernels.dtype_of_frame_level(x, parameter)
+
+
+def _kernels_of_class_levels(x: Tensor, backend: str) -> ModuleType | None:
+    """The module with the ClassLevels of kernels, or None where PyTorch runs."""
+    chosen = settle("inti", backend, x)
+    if chosen not in ("cpu", "cuda"):
+        return None
+    return import_module(f".{chosen}.class_levels", __package__)
 
 
 def inti_forward(
@@ -247,18 +261,14 @@ class _Chain:
         return None if context is None else as_dtype(context, self.dtype)
 
     def class_levels(self) -> ClassLevels:
-        """In the wide dtype on the CPU: PyTorch's 16-bit products of a few rows are slow there, and the compiled
-        module's frame level has none."""
-        dtype = self.dtype if self.inputs.x.is_cuda else wide_dtype(self.inputs.x)
-        frame, convolutions = self.inputs[FRAME], self.inputs[GLOBAL]
-        kind = ClassLevels
-        if settle("inti", self.backend, self.inputs.x) == "cpu":
-            from .cpu.class_levels import ClassLevels as kind
-        return kind(
-            None if frame[0] is None else [as_dtype(parameter, dtype) for parameter in frame],
-            None if convolutions[0] is None else convolutions,
-            self.sizes.eps[1:],
-        )
+        x, eps = self.inputs.x, self.sizes.eps[1:]
+        frame, convolutions = (None if level[0] is None else level for level in (self.inputs[FRAME], self.inputs[GLOBAL]))
+        kernels = _kernels_of_class_levels(x, self.backend)
+        if kernels is not None:
+            return kernels.ClassLevels(frame, convolutions, eps)
+        # PyTorch's 16-bit products of a few rows are slow on the CPU.
+        dtype = self.dtype if x.is_cuda else wide_dtype(x)
+        return ClassLevels(frame and [as_dtype(parameter, dtype) for parameter in frame], convolutions, eps)
 
     def class_tokens(self) -> Tensor:
         """Of x [B, T, C], as they are; of tokens without any their mean, in the wide dtype."""

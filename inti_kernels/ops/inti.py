@@ -21,7 +21,7 @@ from ..backends.inti import (
     computed_in,
     inti_backward,
     inti_forward,
-    keeps_class_levels,
+    kept_of_class_levels,
 )
 from ..reference import functional
 from . import _recipe as recipe
@@ -84,8 +84,8 @@ def _(*args):  # type: ignore[no-untyped-def]
     pairs = (batch, frames // 2, tokens)
     outputs = x.new_empty(*pairs, dim), x.new_empty((*pairs, 2), dtype=sizes.dtype)
     nothing, large = x.new_empty(0, dtype=dtype), keep and not recompute
-    wide, of_class = wide_dtype(nothing), large and keeps_class_levels(x, backend)
-    of_frame = of_class and inputs.pair_weight is not None
+    wide, of_class = wide_dtype(nothing), kept_of_class_levels(inputs, backend) if large else None
+    of_frame = of_class is not None and inputs.pair_weight is not None
 
     def kept_if(there: bool, shape: Sequence[int], of_dtype: torch.dtype) -> Tensor:
         return x.new_empty(shape, dtype=of_dtype) if there else nothing
@@ -96,9 +96,9 @@ def _(*args):  # type: ignore[no-untyped-def]
         cube=kept_if(large and inputs.cube_weight is not None, (*pairs, dim), dtype),
         difference=kept_if(keep, pairs, wide),
         head_preactivation=kept_if(large, (*pairs, inputs.weight1.shape[0]), dtype),
-        frame_preactivation=kept_if(of_frame, (batch, frames, inputs.pair_weight.shape[0] if of_frame else 0), wide),
-        pair_preactivation=kept_if(of_frame, (*pairs[:2], dim), wide),
-        context=kept_if(of_frame or (of_class and inputs.global_weight1 is not None), (*pairs[:2], dim), wide),
+        frame_preactivation=kept_if(of_frame, (batch, frames, inputs.pair_weight.shape[0] if of_frame else 0), of_class),
+        pair_preactivation=kept_if(of_frame, (*pairs[:2], dim), of_class),
+        context=kept_if(of_class is not None, (*pairs[:2], dim), wide),
     )
     return *outputs, *kept
 

@@ -433,6 +433,9 @@ void with_dtype(DType dtype, F f) {
   throw std::invalid_argument("inti_kernels: unknown dtype");
 }
 
+// What numbers of a dtype are summed in.
+constexpr DType wide_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
 // A number as a type, for choosing among kernels.
 template <int N>
 using Constant = std::integral_constant<int, N>;

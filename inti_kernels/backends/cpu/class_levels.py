@@ -18,6 +18,11 @@ from ._call import call
 _NO_FRAME, _NO_CONVOLUTIONS = [None] * 8, [None] * 6
 
 
+def dtype_of_frame_level(x: Tensor, parameter: Tensor) -> torch.dtype:
+    """Of what the frame level leaves, by class tokens and a parameter."""
+    return wide_dtype(x)
+
+
 class ClassLevels:
     """As the one in PyTorch, with all in the wide dtype but the class tokens, and a forward that is kept."""
 

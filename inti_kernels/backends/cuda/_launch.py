@@ -25,9 +25,9 @@ def launch(entry: str, like: Tensor, /, **arguments: Any) -> None:
         entry: its name.
         like: on whose device the kernels run.
         **arguments: the members of its struct but the stream. A tensor stands for its address, and must be contiguous
-            or have its strides beside it; None is the null pointer.
+            or have its strides beside it; None is the null pointer, a list of these an array of addresses.
     """
-    values = {name: _address(v) if v is None or isinstance(v, Tensor) else v for name, v in arguments.items()}
+    values = {name: _address(v) if v is None or isinstance(v, (Tensor, list)) else v for name, v in arguments.items()}
     run = getattr(load(), entry)
     if not like.is_cuda:  # the emulator
         run(stream=0, **values)
@@ -102,7 +102,7 @@ class Sums:
             places = (_address(partials), partials.shape[0], pitch, to.numel(), run, run_pitch)
             sums.append((*places, _address(to), name_of(to.dtype), negated, goes_on))
         like = batch[0][0]
-        launch("partial_sums", like, sums=sums, dtype=name_of(like.dtype))
+        launch("partial_sums", like, sums=tuple(sums), dtype=name_of(like.dtype))
 
 
 _open = threading.local()
@@ -148,6 +148,8 @@ def rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor, pitch
 
 
-def _address(tensor: Tensor | None) -> int:
+def _address(tensor: Tensor | list[Tensor | None] | None) -> int | list[int]:
+    if isinstance(tensor, list):
+        return [_address(one) for one in tensor]
     # PyTorch gives an empty tensor no address; what has no elements is still not what was left out.
     return 0 if tensor is None else tensor.data_ptr() or NOWHERE
