@@ -335,6 +335,31 @@ MUTANTS = {
         "csrc/cuda/column_sums.h",
         ("a missing barrier: the warps' sums are added up before they are there", "  __syncthreads();\n", ""),
     ),
+    "cuda class_levels": _mutants(
+        "csrc/cuda/class_levels_rows.h",
+        ("a row's position is another frame's", "load(in.position + position + column)", "load(in.position + column)"),
+        ("the buffer is overwritten", "in.accumulate ? load(to) + value : value", "value"),
+        ("a lane is left out of the warp's sum", "for (int distance = 16; distance > 0; distance /= 2) sum +=", "for (int distance = 8; distance > 0; distance /= 2) sum +="),
+        ("eps is forgotten", "inverse_root(over_warp(squares) / columns + eps)", "inverse_root(over_warp(squares) / columns)"),
+        ("a token's gradient along itself stays", "(g - over_dim - normal * along)", "(g - over_dim)"),
+        ("the pairs' gradient doesn't pass through GELU", "narrow<T>(value * Gelu<W>(widen(load(preactivation + column))).slope)", "narrow<T>(value)"),
+        ("rows behind the first sixteen are lost", "first += kSumWarps * kSumRun) {", "first += rows) {"),
+        ("weight and bias of a LayerNorm change places", "(which ? of.bias : of.weight)", "(which ? of.weight : of.bias)"),
+        ("the last columns' gradients are lost", "(p.pairs.in.columns + 31) / 32;", "p.pairs.in.columns / 32;"),
+    )
+    + _mutants(
+        "csrc/cuda/class_levels.cu",
+        ("the first and the last tap change places", "if (t > 0) value += before * taps[0];", "if (t > 0) value += before * taps[2];"),
+        ("they do on the way back", "        value += before * taps[2];", "        value += before * taps[0];"),
+        ("of equal neighbours the second counts", "second > first ||", "second >= first ||"),
+        ("NaN is not taken", "second > first || second != second", "second > first"),
+        ("a last frame without a neighbour is lost", "  if (2 * i + 1 == frames) return first;", "  if (2 * i + 1 == frames) return 0;"),
+        ("its gradient is", "grad_y.set(2 * t, grad);\n        }", "grad_y.set(2 * t, 0 * grad);\n        }"),
+        ("the mean's gradient is that of every frame", "grad_y.set(t, of_mean / frames[kConvolutions - 1])", "grad_y.set(t, of_mean)"),
+        ("clips share a workspace", "p.workspace + clip * p.vectors * pitch + channel", "p.workspace + 0 * clip * p.vectors * pitch + channel"),
+        ("the level is lost beside the frame's", "gelu(widen(load(p.pair_preactivation + at))) + level : level", "gelu(widen(load(p.pair_preactivation + at))) : level"),
+        ("only the first clips' parameters count", "clip < p.batch; clip += kSumWarps)", "clip < p.batch; clip += p.batch)"),
+    ),
     "triton token_features": _mutants(
         "inti_kernels/backends/triton/token_features.py",
         ("the frames of a pair change places", "* 2 * width + row % 2 * width)[:, None]", "* 2 * width + (1 - row % 2) * width)[:, None]"),
@@ -397,7 +422,7 @@ TESTS = {
     "inti": ["tests/test_inti.py", "tests/test_class_levels.py"],
 } | {
     f"cuda {op}": [f"tests/test_{op}.py", "tests/test_cuda_emulated.py", "tests/test_cuda_launches.py"]
-    for op in ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head")
+    for op in ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head", "class_levels")
 }
 SLOW = "not compile and not opcheck and not export"  # a compiler is what they wait for
 SLOW_INTERPRETED = f"{SLOW} and not traffic and not 682 and not checkpointed and not vmap"

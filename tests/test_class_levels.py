@@ -182,9 +182,7 @@ def test_the_module_takes_parameters_of_any_strides(of_module: type) -> None:
         for level in (frame, convolutions)
     ]
     assert not any(p.is_contiguous() for level in spread for p in level)
-    torch.testing.assert_close(
-        computed(of_module, cls, *spread, grad), wanted(cls, frame, convolutions, grad)
-    )
+    torch.testing.assert_close(computed(of_module, cls, *spread, grad), wanted(cls, frame, convolutions, grad))
 
 
 @pytest.mark.only_under_test("cpu")  # beside CUDA's kernels run torch's products

@@ -134,11 +134,57 @@ def interpolation_head(batch: int, frames: int, tokens: int, dim: int, width: in
     )
 
 
+def class_levels(batch: int, frames: int, dim: int, half: int) -> Calls:
+    shape, x, pairs = (batch, frames, dim, half, F, F), (batch, frames, dim), (batch, frames // 2, dim)
+    tokens_of = {"shape": shape, "x": given(*x), "x_strides": (frames * dim, dim, 0), "position": given(frames, dim)}
+    kept, rows = given(batch, frames, half), batch * frames
+    layers = (
+        (None, (rows, dim), {"grad_x": written(*x), "grad_preactivation": None}),
+        (kept, (rows // 2, 2 * half), {"grad_x": None, "grad_preactivation": written(batch, frames, half)}),
+    )
+    for preactivation, of_rows, gradients in layers:
+        norm = {"norm_weight": given(of_rows[1]), "norm_bias": given(of_rows[1]), "eps": 1e-5}
+        norm |= {"preactivation": preactivation}
+        yield "class_levels_normalize", tokens_of | norm | {"normalized": written(*of_rows)}
+        yield (
+            "class_levels_backward_norm",
+            tokens_of
+            | norm
+            | gradients
+            | {"grad_normalized": given(*of_rows), "normalized": written(*of_rows), "accumulate": False}
+            | {"statistics": written(of_rows[0], 2)},
+        )
+    context = tokens_of | {
+        "pair_preactivation": given(*pairs),
+        "convolutions": [given(dim, 3), given(dim)] * 3,
+        "workspace": written(load().class_levels_workspace(shape)),
+    }
+    yield "class_levels_context", context | {"context": written(*pairs)}
+    yield (
+        "class_levels_backward_context",
+        context
+        | {"grad_context": given(*pairs), "grad_pair_preactivation": written(*pairs), "grad_pair_bias": written(dim)}
+        | {
+            "grad_x": written(*x),
+            "grad_convolutions": [written(dim, 3) if i % 2 == 0 else written(dim) for i in range(6)],
+        },
+    )
+    yield (
+        "class_levels_backward_sums",
+        tokens_of
+        | {"preactivation": kept, "statistics": [given(rows, 2), given(rows // 2, 2)]}
+        | {"grad_normalized": [given(rows, dim), given(rows // 2, 2 * half)], "grad_preactivation": kept}
+        | {"grad_norm_weight": [written(dim), written(2 * half)], "grad_norm_bias": [written(dim), written(2 * half)]}
+        | {"grad_bias": written(half)},
+    )
+
+
 SIZES = {
     pair_interpolate: {"batch": 2, "frames": 4, "tokens": 3, "dim": 5},
     depthwise_conv3d: {"batch": 2, "frames": 4, "height": 3, "width": 2, "dim": 5, "temporal_stride": 2},
     token_features: {"batch": 2, "frames": 4, "tokens": 3, "dim": 5, "width": 4},
     interpolation_head: {"batch": 2, "frames": 4, "tokens": 3, "dim": 5, "width": 4, "context": 3, "hidden": 6},
+    class_levels: {"batch": 2, "frames": 4, "dim": 5, "half": 3},
 }
 # What a convolution can't be cut into runs and tiles of.
 REFUSED = ("frames", "height", "width", "temporal_stride")
@@ -146,12 +192,13 @@ REFUSED = ("frames", "height", "width", "temporal_stride")
 
 def check(entry: str, arguments: dict[str, Any]) -> None:
     """Everything that it writes it has written, the sums of no partial sums too."""
-    outputs = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.isnan().any()]
+    tensors = [(name, one) for name, value in arguments.items() for one in (value if type(value) is list else [value])]
+    outputs = [(name, one) for name, one in tensors if isinstance(one, Tensor) and one.isnan().any()]
     launch(entry, torch.empty(0), **arguments)
-    for name in outputs:
+    for name, output in outputs:
         # Workspaces are the entry point's own business, and statistics of no channels, or for no features, are none.
-        if "partials" not in name and name != "statistics":
-            assert not arguments[name].isnan().any(), f"{entry}: {name}"
+        if "partials" not in name and name not in ("statistics", "workspace"):
+            assert not output.isnan().any(), f"{entry}: {name}"
 
 
 @pytest.mark.parametrize("op", SIZES, ids=lambda op: op.__name__)

@@ -170,7 +170,7 @@ __device__ __forceinline__ void read_convolutions(const Levels<T>& p, int channe
 
 // A thread a channel of a clip.
 template <class T>
-__global__ void __launch_bounds__(kClipThreads) class_levels_context_kernel(const Levels<T> p) {
+__global__ void __launch_bounds__(kClipThreads, sizeof(T) == 8 ? 4 : 8) class_levels_context_kernel(const Levels<T> p) {
   using W = Wide<T>;
   const int64_t index = int64_t{blockIdx.x} * kClipThreads + threadIdx.x, clip = index / p.in.columns;
   if (clip >= p.batch) return;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kClipThreads) class_levels_context_kernel(cons
 
 // A block has 32 channels; its warps share the clips, over which the parameters' gradients are sums.
 template <class T>
-__global__ void __launch_bounds__(32 * kSumWarps) class_levels_backward_context_kernel(const Levels<T> p) {
+__global__ void __launch_bounds__(32 * kSumWarps, 1) class_levels_backward_context_kernel(const Levels<T> p) {
   using W = Wide<T>;
   constexpr int kBias = 4 * kConvolutions;  // behind three taps and the bias of each convolution: the pairs' bias
   constexpr int kSums = kBias + 1;
@@ -291,15 +291,13 @@ void with_norm(const Params& p, F f) {
   });
 }
 
-inline Launch launch_of_rows(const char* kernel, int64_t rows, void* stream) {
-  return {kernel, divide_up(rows, kRowWarps), 32 * kRowWarps, 0, stream, 32 * kRowWarps};
-}
-
 void class_levels_normalize(const ClassLevelsNormalize& p) {
   with_norm(p, [&](const auto& q, auto number) {
     using Source = std::decay_t<decltype(q.in)>;
     launch(class_levels_normalize_kernel<decltype(number), Source>,
-           launch_of_rows("class_levels_normalize_kernel", q.rows, p.stream), q);
+           Launch{"class_levels_normalize_kernel", divide_up(q.rows, kRowWarps), 32 * kRowWarps, 0, p.stream,
+                  32 * kRowWarps},
+           q);
   });
 }
 
@@ -316,7 +314,9 @@ void class_levels_backward_norm(const ClassLevelsBackwardNorm& p) {
       q.in.accumulate = p.accumulate;
     }
     launch(class_levels_backward_norm_kernel<T, Source>,
-           launch_of_rows("class_levels_backward_norm_kernel", q.rows, p.stream), q);
+           Launch{"class_levels_backward_norm_kernel", divide_up(q.rows, kRowWarps), 32 * kRowWarps, 0, p.stream,
+                  32 * kRowWarps},
+           q);
   });
 }
 

@@ -106,7 +106,8 @@ __device__ __forceinline__ void store_normalized(const NormOfRows<T, Source>& p,
 }
 
 template <class T, class Source>
-__global__ void __launch_bounds__(32 * kRowWarps) class_levels_normalize_kernel(const NormOfRows<T, Source> p) {
+__global__ void __launch_bounds__(32 * kRowWarps, sizeof(T) == 8 ? 4 : 8)
+    class_levels_normalize_kernel(const NormOfRows<T, Source> p) {
   const int64_t row = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
   if (row >= p.rows) return;
   const auto at = p.in.row(row);
@@ -115,7 +116,8 @@ __global__ void __launch_bounds__(32 * kRowWarps) class_levels_normalize_kernel(
 }
 
 template <class T, class Source>
-__global__ void __launch_bounds__(32 * kRowWarps) class_levels_backward_norm_kernel(const NormOfRows<T, Source> p) {
+__global__ void __launch_bounds__(32 * kRowWarps, sizeof(T) == 8 ? 4 : 8)
+    class_levels_backward_norm_kernel(const NormOfRows<T, Source> p) {
   using W = Wide<T>;
   const int64_t row = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
   if (row >= p.rows) return;
@@ -195,7 +197,8 @@ __device__ __forceinline__ void norm_gradients(const NormOfRows<T, Source>& p, c
 
 // Blocks of 32 columns each: first of the frames' LayerNorm, then of the pairs', then of the frames' bias.
 template <class T>
-__global__ void __launch_bounds__(32 * kSumWarps) class_levels_backward_sums_kernel(const LevelSums<T> p) {
+__global__ void __launch_bounds__(32 * kSumWarps, sizeof(T) == 8 ? 2 : 4)
+    class_levels_backward_sums_kernel(const LevelSums<T> p) {
   using W = Wide<T>;
   int tile = blockIdx.x;
   const int of_frames = (p.frames.in.columns + 31) / 32, of_pairs = (p.pairs.in.columns + 31) / 32;

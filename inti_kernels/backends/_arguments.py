@@ -141,6 +141,19 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def all_as_dtypes(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    """`as_dtype` of each: on a GPU one launch for all of one dtype."""
+    converted = list(tensors)
+    pending = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.dtype != dtypes[i]]
+    if pending:
+        sources = [tensors[i] for i in pending]
+        targets = [empty(source.shape, source, dtypes[i]) for i, source in zip(pending, sources, strict=True)]
+        torch._foreach_copy_(targets, sources)
+        for i, target in zip(pending, targets, strict=True):
+            converted[i] = target
+    return converted
+
+
 def in_wide_dtype(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     """Contiguous, in what kernels compute x's dtype in."""
     return None if tensor is None else as_dtype(tensor, wide_dtype(x)).contiguous()

@@ -2,8 +2,8 @@
 autocast on a GPU has kernels read converted tokens), and kept for the backward only what takes a product or a
 convolution to compute again.
 
-The frame and the global level work on B·T class tokens: kernels of their own on the CPU and in CUDA C++, elsewhere plain
-PyTorch, run again in the backward.
+The frame and the global level work on B·T class tokens: on the CPU and in CUDA C++ by kernels of their own, elsewhere
+in plain PyTorch, run again in the backward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import implementation, settle
-from ._arguments import as_dtype, channels_contiguous, in_wide_dtype, wide_dtype
+from ._arguments import all_as_dtypes, as_dtype, channels_contiguous, in_wide_dtype, wide_dtype
 from ._class_levels import ClassLevels
 from ._class_levels import Kept as KeptOfClassLevels
 
@@ -112,8 +112,8 @@ def computed_in(x: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
 
 
 def kept_of_class_levels(inputs: Inputs, backend: str) -> torch.dtype | None:
-    """The dtype of what the forward keeps of the frame level, where kernels compute the class tokens' levels; None where
-    it keeps nothing of them. Tokens without data run nowhere."""
+    """The dtype of what the forward keeps of the frame level, where kernels compute the class tokens' levels; None
+    where it keeps nothing of them. Tokens without data run nowhere."""
     x = inputs.x
     if x.device.type == "cuda" and not torch.cuda.is_available():
         return None  # tokens that only stand for some
@@ -224,10 +224,8 @@ def inti_backward(
     if need.position:
         parts = [as_dtype(part, wide_dtype(part)) for part in positions if part is not None]
         grads["position"] = sum(parts[1:], parts[0])
-    return tuple(
-        None if grads.get(name) is None or not wanted else as_dtype(grads[name], tensor.dtype)
-        for name, tensor, wanted in zip(Inputs._fields, inputs, needs, strict=True)
-    )
+    wanted = [grads.get(name) if wanted else None for name, wanted in zip(Inputs._fields, needs, strict=True)]
+    return tuple(all_as_dtypes(wanted, [None if tensor is None else tensor.dtype for tensor in inputs]))
 
 
 class _Chain:
@@ -248,9 +246,9 @@ class _Chain:
         self.tokens = x if reads_both else as_dtype(x, self.dtype)
         # Such kernels' cube level comes and goes in the products' dtype.
         self.dtype_of_cube = {"dtype": self.dtype} if reads_both else {}
-        self.norm = tuple(as_dtype(tensor, self.tokens.dtype) for tensor in (inputs.norm_weight, inputs.norm_bias))
-        self.linear = (as_dtype(inputs.weight, self.dtype), as_dtype(inputs.bias, self.dtype))
-        self.network = tuple(as_dtype(tensor, self.dtype) for tensor in inputs[HEAD])
+        parameters = (inputs.norm_weight, inputs.norm_bias, inputs.weight, inputs.bias, *inputs[HEAD])
+        parameters = all_as_dtypes(parameters, [self.tokens.dtype] * 2 + [self.dtype] * 6)
+        self.norm, self.linear, self.network = parameters[:2], parameters[2:4], parameters[4:]
         self.position = in_wide_dtype(inputs.position, x)
 
     def _module(self, op: str, x: Tensor, direction: str | None) -> ModuleType:
@@ -262,7 +260,9 @@ class _Chain:
 
     def class_levels(self) -> ClassLevels:
         x, eps = self.inputs.x, self.sizes.eps[1:]
-        frame, convolutions = (None if level[0] is None else level for level in (self.inputs[FRAME], self.inputs[GLOBAL]))
+        frame, convolutions = (
+            None if level[0] is None else level for level in (self.inputs[FRAME], self.inputs[GLOBAL])
+        )
         kernels = _kernels_of_class_levels(x, self.backend)
         if kernels is not None:
             return kernels.ClassLevels(frame, convolutions, eps)

@@ -96,7 +96,9 @@ def _(*args):  # type: ignore[no-untyped-def]
         cube=kept_if(large and inputs.cube_weight is not None, (*pairs, dim), dtype),
         difference=kept_if(keep, pairs, wide),
         head_preactivation=kept_if(large, (*pairs, inputs.weight1.shape[0]), dtype),
-        frame_preactivation=kept_if(of_frame, (batch, frames, inputs.pair_weight.shape[0] if of_frame else 0), of_class),
+        frame_preactivation=kept_if(
+            of_frame, (batch, frames, inputs.pair_weight.shape[0] if of_frame else 0), of_class
+        ),
         pair_preactivation=kept_if(of_frame, (*pairs[:2], dim), of_class),
         context=kept_if(of_class is not None, (*pairs[:2], dim), wide),
     )

@@ -1,5 +1,5 @@
-"""The frame and the global level by the CUDA kernels: PyTorch's hundred and more launches, each of a few thousand numbers,
-take a GPU and its host longer than all the rest of a small batch. See csrc/include/inti/cuda/class_levels.h.
+"""The frame and the global level by the CUDA kernels: in PyTorch they are a hundred and more launches, each of a few
+thousand numbers. See csrc/include/inti/cuda/class_levels.h.
 
 The products of the frame level's two Linears are torch's.
 """
