@@ -252,6 +252,7 @@ void define_token_features(py::module_& m) {
                         {"grad_normalized", &set<&BackwardNorm::grad_normalized>},
                         {"grad_x", &set<&BackwardNorm::grad_x>},
                         {"accumulate", &set<&BackwardNorm::accumulate>},
+                        {"total", &set<&BackwardNorm::total>},
                         {"grad_norm_weight", &set<&BackwardNorm::grad_norm_weight>},
                         {"grad_norm_bias", &set<&BackwardNorm::grad_norm_bias>},
                         {"grad_position", &set<&BackwardNorm::grad_position>},

@@ -310,6 +310,8 @@ MUTANTS = {
     )
     + _mutants(
         "csrc/cuda/token_features_backward.h",
+        ("a total takes one row's place for all", "p.total + (row + r) * p.in.dim", "p.total + row * p.in.dim"),
+        ("what was in 16 bits doesn't reach the total", "    if (p.accumulate) {\n      const auto before", "    if (p.accumulate && !TOTAL) {\n      const auto before"),
         ("the gradient's rows lie side by side", "p.grad_features + pair * p.grad_pitch", "p.grad_features + pair * 2 * p.width"),
         ("rows are read before all of them are there", "kept, first_column);\n    __syncthreads();", "kept, first_column);"),
         ("rows are overwritten while they are read", "    __syncthreads();  // before others' rows", "    // before others' rows"),

@@ -93,12 +93,12 @@ def ran(fused: FusedInTI, x: Tensor, autocast: torch.dtype | None) -> tuple[Laun
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_launches_of_fused_inti(recompute: bool, autocast: bool, without_dispatcher: None) -> None:
     """Every gradient wanted. Computed again, the features are a product's in place of an activation's, and the cube and
-    the hidden layer take a kernel each. Under autocast the tokens are converted each way, and their gradients added."""
+    the hidden layer take a kernel each. Under autocast the tokens are converted each way."""
     inti, x = module_case(dim=DIM, frames=FRAMES, grid=GRID, dtype=torch.float32 if autocast else torch.float16)
     fused = FusedInTI.from_reference(inti, backend="cuda", recompute=recompute)
     forward, backward = ran(fused, x, torch.float16 if autocast else None)
     assert len(forward.tokens) <= 6
-    assert len(backward.tokens) <= 13 + 2 * recompute + 2 * autocast
+    assert len(backward.tokens) <= 13 + 2 * recompute + autocast
     sums = [launch for launch in backward.tokens if launch == "partial_sums_kernel"]
     assert len(sums) == 1
     copies = [launch for launch in forward.tokens + backward.tokens if "copy" in launch or "cat" in launch]
@@ -285,6 +285,45 @@ def test_the_activation_gives_the_features_again(dtype: torch.dtype, shape: dict
     again = token_features.token_features_activation(preactivation)
     eps = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(again, features, rtol=eps, atol=eps)
+
+
+def _into_a_total(dtype: torch.dtype, shape: dict[str, Any], accumulates: bool, of_total: torch.dtype) -> None:
+    inputs, _ = op_cases("token_features", frames=4, dtype=dtype, **shape)
+    features, *of_forward = token_features.token_features_forward(*inputs.values(), 1e-5, True)
+    upstream = torch.randn(features.shape).to(dtype)
+    before = torch.randn(inputs["x"].shape).to(dtype) if accumulates else None
+    total = torch.randn(inputs["x"].shape, dtype=of_total)
+
+    def backward(*to: Tensor | None) -> tuple[Tensor | None, ...]:
+        arguments = (upstream, *inputs.values(), 1e-5, *of_forward, [True] * 6)
+        return token_features.token_features_backward(*arguments, *to)
+
+    of_x, *of_parameters = backward(None)
+    expected, kept = total + of_x, None if before is None else before.clone()
+    expected = expected if before is None else expected + before
+    nothing, *as_before = backward(before, total)
+    assert nothing is None
+    assert all(torch.equal(a, b) for a, b in zip(as_before, of_parameters, strict=True))
+    assert before is None or torch.equal(before, kept)
+    # Of the gradient alone, which was rounded.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=eps * float(of_x.float().abs().max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_token_features_adds_the_gradient_to_a_total(
+    dtype: torch.dtype, accumulates: bool, shape: dict[str, Any]
+) -> None:
+    """In float32, beside tokens in 16 bits; what other ops have added up in 16 bits comes with it, and stays."""
+    _into_a_total(dtype, shape, accumulates, torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "of_total"), [(torch.float16, torch.float16), (torch.float32, torch.float32)])
+def test_a_total_is_float32_beside_16_bits(dtype: torch.dtype, of_total: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="expected a total in float32"):
+        _into_a_total(dtype, SHAPES[0], False, of_total)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -95,7 +95,7 @@ def token_features(batch: int, frames: int, tokens: int, dim: int, width: int) -
         "token_features_backward_norm",
         tokens_of
         | kept
-        | {"grad_normalized": given(*x), "grad_x": written(*x), "accumulate": False}
+        | {"grad_normalized": given(*x), "grad_x": written(*x), "accumulate": False, "total": None}
         | {"grad_norm_weight": written(dim), "grad_norm_bias": written(dim), "norm_partials": written(tiles, 2, dim)}
         | {"grad_position": written(frames, dim), "position_partials": written(tiles, dim)},
     )

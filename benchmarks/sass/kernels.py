@@ -266,7 +266,7 @@ def _norm(dtype: str) -> Model:
     return Model(
         f"token_features's backward of LayerNorm, {dtype}",
         "token_features.cu",
-        f"inti::cuda::token_features_backward_norm_kernel<{_cpp(dtype)}, {vector}>",
+        f"inti::cuda::token_features_backward_norm_kernel<{_cpp(dtype)}, {vector}, false>",
         # Into shared memory go the sums, and four vectors of x and of the gradient.
         ({"STG.128": rows * columns, "STS.128": AtLeast(6 + 8 * columns), "SHFL": AtLeast(10)},),
         launch,

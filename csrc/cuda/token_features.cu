@@ -346,10 +346,12 @@ void token_features_normalize(const TokenFeaturesNormalize& p) {
 void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
   const auto& s = p.shape;
   if (s.dim == 0) return;  // everything that it writes has a channel to each element
+  if (p.total && wide_dtype(s.dtype) == s.dtype)
+    throw std::invalid_argument("inti_kernels: token_features_backward_norm takes a total for 16-bit dtypes");
   const int64_t tiles = token_features_tiles(s);
   const auto full_width = [&](int unit) {
     return s.dim % unit == 0 && divides(unit, p.x_strides) &&
-           all_aligned(p.x, p.position, p.norm_weight, p.grad_normalized, p.grad_x, p.norm_partials,
+           all_aligned(p.x, p.position, p.norm_weight, p.grad_normalized, p.grad_x, p.total, p.norm_partials,
                        p.position_partials);
   };
   with_vectors(s.dtype, full_width, [&](auto number, auto unit) {
@@ -363,16 +365,23 @@ void token_features_backward_norm(const TokenFeaturesBackwardNorm& p) {
     q.grad_normalized = static_cast<const T*>(p.grad_normalized);
     q.grad_x = static_cast<T*>(p.grad_x);
     q.accumulate = p.accumulate && p.grad_x;
+    q.total = static_cast<W*>(p.total);
     q.norm_partials = static_cast<W*>(p.norm_partials);
     q.position_partials = static_cast<W*>(p.position_partials);
     constexpr int most = (kNormSharedBytes - kNormTermBytes<T>) / kNormColumnBytes<T> / unit * unit;
     q.column_tiles = divide_up(s.dim, most);
     q.slab = divide_up(divide_up(s.dim, q.column_tiles), unit) * unit;
     const int shared = kNormTermBytes<T> + kNormColumnBytes<T> * q.slab;
-    launch(token_features_backward_norm_kernel<T, unit>,
-           Launch{"token_features_backward_norm_kernel", tiles * q.column_tiles, 32 * kNormWarps, shared, p.stream,
-                  32 * kNormWarps},
-           q);
+    const auto start = [&](auto kernel) {
+      launch(kernel,
+             Launch{"token_features_backward_norm_kernel", tiles * q.column_tiles, 32 * kNormWarps, shared, p.stream,
+                    32 * kNormWarps},
+             q);
+    };
+    if constexpr (sizeof(T) == 2) {
+      if (p.total) return start(token_features_backward_norm_kernel<T, unit, true>);
+    }
+    start(token_features_backward_norm_kernel<T, unit, false>);
   });
   SumList sums(s.dtype, p.stream);
   if (p.norm_partials) {

@@ -136,6 +136,7 @@ struct NormBackward {
   const T* grad_normalized;    // [rows, dim]
   T* grad_x;                   // [rows, dim], or null
   bool accumulate;             // to grad_x, which there is then
+  Wide<T>* total;              // [rows, dim], to which all is added in grad_x's place
   Wide<T>* norm_partials;      // [tiles, 2, dim], or null: the weight's, the bias's
   Wide<T>* position_partials;  // [batch, tiles of a frame, frames, dim], or null
 };
@@ -224,8 +225,9 @@ struct NormSums {
   }
 };
 
-// A thread's columns of the rows that wait in shared memory: their gradients, and the sums over the rows.
-template <class T, int V>
+// A thread's columns of the rows that wait in shared memory: their gradients, and the sums over the rows. TOTAL: there
+// is one.
+template <class T, int V, bool TOTAL>
 __device__ __forceinline__ void norm_backward_columns(const NormBackward<T>& p, int64_t row, int rows,
                                                       const Wide<T>* position, Shared<T> kept,
                                                       NormSums<Wide<T>, V> summed, int first_column, int column) {
@@ -259,16 +261,22 @@ __device__ __forceinline__ void norm_backward_columns(const NormBackward<T>& p, 
       sums[1][k] += g[k];
       sums[2][k] += grad_row[k];
     }
-    if (p.grad_x) {
-      if (p.accumulate) {
-        const auto before = widen(old.numbers());
-        if (r + 1 < rows) old = start_load<V>(to + p.in.dim);
+    if (p.accumulate) {
+      const auto before = widen(old.numbers());
+      if (r + 1 < rows) old = start_load<V>(to + p.in.dim);
 #pragma unroll
-        for (int k = 0; k < V; ++k) grad_row[k] += before[k];
-      }
-      store(to, narrow<T>(grad_row));
-      to += p.in.dim;
+      for (int k = 0; k < V; ++k) grad_row[k] += before[k];
     }
+    if constexpr (TOTAL) {
+      W* const sum = p.total + (row + r) * p.in.dim + channel;
+      const auto before = load_wide<V>(sum);
+#pragma unroll
+      for (int k = 0; k < V; ++k) grad_row[k] += before[k];
+      store_some(sum, grad_row, V, true);
+    } else if (p.grad_x) {
+      store(to, narrow<T>(grad_row));
+    }
+    to += p.in.dim;
   }
   summed.each(column, [&](int which, int from, Shared<W> at) {
     Vec<W, G> part;
@@ -282,7 +290,7 @@ __device__ __forceinline__ void norm_backward_columns(const NormBackward<T>& p, 
 // over the rows. In between they wait in shared memory, so that x and the gradient are read from memory once.
 // 128 threads, 4 blocks an SM (128 registers; at 768 channels of float16 21 KiB of its shared memory): 16 warps · 32 ·
 // 96 bytes = 48 KiB in flight.
-template <class T, int V>
+template <class T, int V, bool TOTAL>
 __global__ void __launch_bounds__(32 * kNormWarps, 4) token_features_backward_norm_kernel(const NormBackward<T> p) {
   using W = Wide<T>;
   using Sums = NormSums<W, V>;
@@ -306,7 +314,7 @@ __global__ void __launch_bounds__(32 * kNormWarps, 4) token_features_backward_no
                               load<2>(p.statistics + 2 * (row + warp)), kept, first_column);
     __syncthreads();
     for (int column = threadIdx.x * V; column < columns; column += 32 * kNormWarps * V)
-      norm_backward_columns<T, V>(p, row, rows, position, kept, summed, first_column, column);
+      norm_backward_columns<T, V, TOTAL>(p, row, rows, position, kept, summed, first_column, column);
     __syncthreads();  // before others' rows take the place of these
   }
 

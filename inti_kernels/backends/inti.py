@@ -196,8 +196,10 @@ def inti_backward(
         grads.update(zip(("weight1", "bias1", "weight2", "bias2"), of_network, strict=True))
         buffer = grad_x if grad_x_accumulate is None else grad_x_accumulate
         positions = [of_position]
-        # Where the other kernels see the tokens in another dtype, they have a buffer in that.
+        # Where the other kernels see the tokens in another dtype, they have a buffer in that; the last of them may be
+        # able to bring it to the first.
         shared = buffer if run.tokens is run.inputs.x and need.x else None
+        total = run.total(buffer) if shared is None and need.x else {}
         if grad_cube is not None:
             of_x, grads["cube_weight"], grads["cube_bias"], of_position = run.cube_backward(
                 grad_cube, (need.x, need.cube_weight, need.cube_bias, need.position), shared
@@ -206,10 +208,10 @@ def inti_backward(
             positions.append(of_position)
         if grad_features is not None:
             of_x, *of_token, of_position = run.token_features_backward(
-                grad_features, kept, (need.x, *needs_of_token, need.position), shared
+                grad_features, kept, (need.x, *needs_of_token, need.position), shared, **total
             )
             grads.update(zip(("norm_weight", "norm_bias", "weight", "bias"), of_token, strict=True))
-            shared = of_x if shared is None else shared
+            shared = buffer if total else of_x if shared is None else shared
             positions.append(of_position)
     if need.x and shared is not buffer:
         buffer += shared
@@ -357,13 +359,19 @@ class _Chain:
         sizes = (self.sizes.grid, 2, self.sizes.prefix)
         return module.depthwise_conv3d_backward(grad_cube, self.tokens, *parameters, *sizes, needs, accumulate)
 
+    def total(self, buffer: Tensor) -> dict[str, Tensor]:
+        """What has token_features' backward add x's gradient to a buffer in the wide dtype, where it can."""
+        in_cuda = settle("token_features", self.backend, self.tokens) == "cuda"
+        sixteen_bits = self.tokens.dtype.itemsize == 2 and buffer.dtype == torch.float32
+        return {"total": buffer} if in_cuda and sixteen_bits else {}
+
     def token_features_backward(
-        self, grad_features: Tensor, kept: Kept, needs: Sequence[bool], accumulate: Tensor | None
+        self, grad_features: Tensor, kept: Kept, needs: Sequence[bool], accumulate: Tensor | None, **total: Tensor
     ) -> tuple[Tensor | None, ...]:
         module = self._module("token_features", self.tokens, "backward")
         inputs = (self.tokens, *self.norm, *self.linear, self.position, self.sizes.eps[0])
         of_forward = (kept.statistics, kept.token_preactivation)
-        return module.token_features_backward(grad_features, *inputs, *of_forward, needs, accumulate)
+        return module.token_features_backward(grad_features, *inputs, *of_forward, needs, accumulate, **total)
 
 
 def _add_to_class_tokens(grad_x: Tensor, of_class: Tensor, prefix: int) -> None:

@@ -19,8 +19,8 @@ PLAIN_PARTS = {
     "token level": "the attention head takes frames one by one; adapters and hooks on the Linear want to be called; "
     "the backend is the reference",
     "cube level": "adapters and hooks on the convolution want to be called; the backend is the reference",
-    "frame level": "works on B·T class tokens only; on the CPU the op inti has a kernel for it",
-    "global level": "works on B·T class tokens only; on the CPU the op inti has a kernel for it",
+    "frame level": "works on B·T class tokens only; on the CPU and in CUDA C++ the op inti has kernels for it",
+    "global level": "works on B·T class tokens only; on the CPU and in CUDA C++ the op inti has kernels for it",
     "head": "the heads sigmoid and attention, and adapters and hooks on a Linear (all but the interpolation is plain); "
     "the backend is the reference",
     "sigmoid interpolation": "its weights don't sum to 1: pair_interpolate is another function",

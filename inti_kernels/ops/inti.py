@@ -198,8 +198,8 @@ def inti(
     Backends: reference, cpu, triton, cuda. The products run in x's dtype, under autocast in autocast's (on a CPU
     without products in that dtype in float32, if x is in float32); sums in float32 (float64 for float64). For the
     backward it keeps what the two GELUs were taken of and the cube level, 1.5 times the size of x in the products'
-    dtype, two numbers a token and, on the CPU, 1.5·C a frame. Differentiable once, in every input; vmap,
-    torch.func.grad and torch.compile work.
+    dtype, two numbers a token and, on the CPU and with cuda, 1.5·C a frame. Differentiable once, in every input;
+    vmap, torch.func.grad and torch.compile work.
 
     Args:
         x: tokens [B, T, prefix + H·W, C], T even; float32, float64, bfloat16 or float16; any strides (other than

@@ -92,7 +92,10 @@ def token_features_backward(
     preactivation: Tensor,
     needs: Sequence[bool],
     grad_x_accumulate: Tensor | None,
+    total: Tensor | None = None,
 ) -> Gradients:
+    """With ``total``, in the wide dtype beside 16 bits, x's gradient and ``grad_x_accumulate``, which is left as it is,
+    are added to that."""
     if not any(needs):
         return (None,) * 6
     batch, frames, tokens, dim = x.shape
@@ -104,8 +107,11 @@ def token_features_backward(
         (grad_features, (batch, frames // 2, tokens, 2 * width)),
         (statistics, (batch, frames, tokens, 2)),
         (preactivation, (batch, frames, tokens, width)),
+        (total, x.shape),
     )
     expect_one_dtype(x, grad_features, preactivation)
+    if total is not None and (x.dtype.itemsize != 2 or total.dtype != wide_dtype(x)):
+        raise ValueError(f"expected a total in float32 beside 16 bits, got {total.dtype} beside {x.dtype}")
     x, weight = channels_contiguous(x, "token_features"), weight.contiguous()
     grad_features, pitch = rows(grad_features)
     shape, wide = _shape(x, weight), wide_dtype(x)
@@ -119,7 +125,9 @@ def token_features_backward(
         "norm_bias": norm_bias.contiguous(),
         "statistics": statistics.contiguous(),
     }
-    grad_x = gradient_buffer(x, needs[0], grad_x_accumulate)
+    grad_x = (
+        None if total is not None and grad_x_accumulate is None else gradient_buffer(x, needs[0], grad_x_accumulate)
+    )
     grad_norm_weight, grad_norm_bias = (empty((dim,), x) if need else None for need in needs[1:3])
     grad_bias = empty((width,), x) if needs[4] else None
     grad_weight = grad_position = partials = norm_partials = position_partials = None
@@ -159,6 +167,7 @@ def token_features_backward(
                 grad_normalized=grad_preactivation @ weight,
                 grad_x=grad_x,
                 accumulate=grad_x_accumulate is not None,
+                total=total,
                 grad_norm_weight=None,
                 grad_norm_bias=None,
                 grad_position=None,

@@ -53,11 +53,13 @@ struct TokenFeaturesBackwardNorm {
   const void* grad_normalized;  // [rows, dim]
   void* grad_x;                 // [batch, frames, tokens, dim] contiguous, or null
   bool accumulate;              // grad_x is added to, not written
-  void* grad_norm_weight;       // [dim], or null
-  void* grad_norm_bias;         // [dim], or null
-  void* grad_position;          // wide [frames, dim], or null
-  void* norm_partials;          // wide [token_features_tiles(...), 2, dim]: the weight's, the bias's; or null
-  void* position_partials;      // wide [token_features_tiles(...) / frames, frames, dim], or null
+  void* total;              // wide [batch, frames, tokens, dim] contiguous, for 16-bit dtypes, or null: the gradient
+                            // is added to it, and grad_x too if `accumulate` says so, which is left as it is
+  void* grad_norm_weight;   // [dim], or null
+  void* grad_norm_bias;     // [dim], or null
+  void* grad_position;      // wide [frames, dim], or null
+  void* norm_partials;      // wide [token_features_tiles(...), 2, dim]: the weight's, the bias's; or null
+  void* position_partials;  // wide [token_features_tiles(...) / frames, frames, dim], or null
   void* stream;
 };
 
