@@ -245,7 +245,8 @@ def test_the_readme_has_every_model_and_registers_that_were_measured() -> None:
     text = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").iterdir()))
     defined = {word.removesuffix("(") for word in re.findall(r"\b\w+_kernel\(", text)}
     modelled = {re.search(r"(\w+_kernel)<", model.name)[1] for model in models}
-    assert defined - modelled == {"partial_sums_kernel"}
+    unmodelled = defined - modelled
+    assert {name for name in unmodelled if not name.startswith("class_levels_")} == {"partial_sums_kernel"}
     said = f"{len(models)} instantiations, in float16 and float32 and with 16-byte accesses, of {len(modelled)} of the "
     assert said + f"{len(defined)} kernels" in (ROOT / "benchmarks" / "README.md").read_text()
 

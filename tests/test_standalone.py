@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPS = ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head", "partial_sums")
+OPS = ("pair_interpolate", "depthwise_conv3d", "token_features", "interpolation_head", "class_levels", "partial_sums")
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,9 @@ struct Op {
   void (*check)(Report&, int64_t real_clips);
 };
 
-const Op kOps[] = {{"pair_interpolate", check_pair_interpolate},
-                   {"depthwise_conv3d", check_depthwise_conv3d},
-                   {"token_features", check_token_features},
-                   {"interpolation_head", check_interpolation_head},
-                   {"partial_sums", check_partial_sums}};
+const Op kOps[] = {{"pair_interpolate", check_pair_interpolate}, {"depthwise_conv3d", check_depthwise_conv3d},
+                   {"token_features", check_token_features},     {"interpolation_head", check_interpolation_head},
+                   {"class_levels", check_class_levels},         {"partial_sums", check_partial_sums}};
 
 struct Options {
   std::vector<DType> dtypes;
@@ -36,7 +34,7 @@ struct Options {
 const char* const kUsage =
     "usage: standalone [--real] [--clips N] [--time] [--capability NN] [OP…] [DTYPE…]\n"
     "  OP           pair_interpolate, depthwise_conv3d, token_features, interpolation_head,\n"
-    "               partial_sums; default: all\n"
+    "               class_levels, partial_sums; default: all\n"
     "  DTYPE        float16, float32, bfloat16, float64; default: float16 float32\n"
     "  --real       one real size, 16 frames of 14×14 patches and a class token, 768 channels, instead of small ones\n"
     "  --clips N    clips of the real size, 1 unless said\n"

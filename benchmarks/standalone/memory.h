@@ -77,7 +77,9 @@ class Memory {
   }
 
   void* data() const { return static_cast<unsigned char*>(all_) + kGuard; }
-  void upload(const std::vector<unsigned char>& from) { copy_to_device(data(), from.data(), bytes_); }
+  void upload(const std::vector<unsigned char>& from) {
+    if (bytes_) copy_to_device(data(), from.data(), bytes_);
+  }
 
   // Throws if the guards were written to.
   std::vector<unsigned char> download(const char* what) const {

@@ -2,6 +2,7 @@
 // them. Names and layouts are those of csrc/include/inti/cuda; x stands for x + position. A null Input isn't there.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "tensors.h"
@@ -16,6 +17,12 @@ inline Values stored(Values numbers, DType dtype, bool zeros_exact = false) {
     if (!zeros_exact || number.value != 0 || number.error != 0) number = standalone::stored(number, dtype);
   return numbers;
 }
+// What lies in memory.
+inline Values exactly(const std::vector<double>& numbers) {
+  Values exact;
+  for (const double number : numbers) exact.push_back({number, 0});
+  return exact;
+}
 // A gradient that is added to what a buffer of dtype holds. It may be rounded before, as autograd itself does.
 inline void add_to(Values& gradient, const std::vector<double>& before, DType dtype, const Arithmetic& with) {
   for (size_t i = 0; i < gradient.size(); ++i)
@@ -29,6 +36,16 @@ inline Bounded with_position(const Tokens& x, const Input* position, int64_t b, 
                              const Arithmetic& with) {
   const Bounded token = with.exact(x.at(b, t, n, c));
   return position ? with.add(token, with.exact(position_at(position, x.sizes, t, c))) : token;
+}
+
+// Tokens that are computed themselves, [batch, frames, tokens, dim], and have no position.
+struct Computed {
+  TokenSizes sizes;
+  Values values;
+};
+inline Bounded with_position(const Computed& x, const Input*, int64_t b, int64_t t, int64_t n, int64_t c,
+                             const Arithmetic&) {
+  return x.values[static_cast<size_t>(x.sizes.at(b, t, n, c))];
 }
 
 // --- The interpolation of a pair of frames -------------------------------------------------------------------------
@@ -198,8 +215,9 @@ inline ConvolutionGradients convolve_backward(const Convolution& conv, const Tok
 
 // --- LayerNorm → Linear → GELU -------------------------------------------------------------------------------------
 
-// Mean and 1/√(variance + eps) of each row [rows, 2].
-inline Values statistics(const Tokens& x, const Input* position, double eps, const Arithmetic& with) {
+// Mean and 1/√(variance + eps) of each row [rows, 2]. X, here and below, is Tokens or Computed.
+template <class X>
+Values statistics(const X& x, const Input* position, double eps, const Arithmetic& with) {
   const TokenSizes& s = x.sizes;
   const double dim = static_cast<double>(s.dim);
   Values result;
@@ -222,16 +240,18 @@ inline Values statistics(const Tokens& x, const Input* position, double eps, con
 }
 
 // x̂ = (x - mean)·scale of a row's element, by statistics [rows, 2].
-inline Bounded standard(const Tokens& x, const Input* position, const Values& statistics, int64_t b, int64_t t,
-                        int64_t n, int64_t c, const Arithmetic& with) {
+template <class X>
+Bounded standard(const X& x, const Input* position, const Values& statistics, int64_t b, int64_t t, int64_t n,
+                 int64_t c, const Arithmetic& with) {
   const size_t row = static_cast<size_t>((b * x.sizes.frames + t) * x.sizes.tokens + n);
   const Bounded off = with.subtract(with_position(x, position, b, t, n, c, with), statistics[2 * row]);
   return with.multiply(off, statistics[2 * row + 1]);
 }
 
 // The LayerNorm's output [rows, dim].
-inline Values normalized(const Tokens& x, const Input* position, const Values& statistics, const Input& weight,
-                         const Input& bias, const Arithmetic& with) {
+template <class X>
+Values normalized(const X& x, const Input* position, const Values& statistics, const Input& weight, const Input& bias,
+                  const Arithmetic& with) {
   const TokenSizes& s = x.sizes;
   Values result;
   for (int64_t b = 0; b < s.batch; ++b)
@@ -249,8 +269,9 @@ struct NormGradients {
 };
 
 // grad_x = scale·(g - mean(g) - x̂·mean(g·x̂)) with g = grad_normalized·weight.
-inline NormGradients norm_backward(const Tokens& x, const Input* position, const Values& statistics,
-                                   const Input& weight, const Input& grad_normalized, const Arithmetic& with) {
+template <class X>
+NormGradients norm_backward(const X& x, const Input* position, const Values& statistics, const Input& weight,
+                            const Input& grad_normalized, const Arithmetic& with) {
   const TokenSizes& s = x.sizes;
   const double dim = static_cast<double>(s.dim);
   std::vector<Sum> of_weight(static_cast<size_t>(s.dim)), of_bias = of_weight,
@@ -291,6 +312,88 @@ inline void add_product(Sum& sum, const Values& rows, int64_t row, int64_t depth
                         int64_t pitch, int64_t offset) {
   for (int64_t k = 0; k < depth; ++k)
     sum.add(times(rows[static_cast<size_t>(row * depth + k)], weight[column * pitch + offset + k]));
+}
+
+// --- The global level of the class tokens --------------------------------------------------------------------------
+
+// A channel of a clip: its frames before and behind each convolution in time, and the mean of the last one's.
+struct GlobalLevel {
+  std::vector<Values> x, y;
+  Bounded mean;
+};
+
+// Of two neighbours; which of them it is may be open.
+inline Bounded larger(Bounded a, Bounded b) { return {std::max(a.value, b.value), std::max(a.error, b.error)}; }
+
+// Calls f(tap, frame of x, frame of y) for each pair that a tap of a convolution in time joins.
+template <class F>
+void for_each_tap(size_t frames, F f) {
+  for (size_t t = 0; t < frames; ++t)
+    for (size_t tap = 0; tap < 3; ++tap)
+      if (t + tap >= 1 && t + tap <= frames) f(static_cast<int64_t>(tap), t + tap - 1, t);
+}
+
+// x: the channel's frames; convolutions: weight [dim, 3] and bias [dim] of each. Between two of them are max pooling
+// over two frames, whose last is alone where their number is odd, and GELU.
+inline GlobalLevel global_level(Values x, const std::vector<Input>& convolutions, int64_t channel,
+                                const Arithmetic& with) {
+  GlobalLevel level;
+  for (size_t k = 0; k < convolutions.size(); k += 2) {
+    if (k) {
+      const Values& y = level.y.back();
+      x.clear();
+      for (size_t t = 0; t < y.size(); t += 2) x.push_back(with.gelu(t + 1 < y.size() ? larger(y[t], y[t + 1]) : y[t]));
+    }
+    std::vector<Sum> sums(x.size());
+    for_each_tap(x.size(), [&](int64_t tap, size_t from, size_t to) {
+      sums[to].add(times(x[from], convolutions[k][3 * channel + tap]));
+    });
+    Values y;
+    for (Sum& sum : sums) {
+      sum.add_product(1, convolutions[k + 1][channel]);
+      y.push_back(sum.total(with));
+    }
+    level.x.push_back(x);
+    level.y.push_back(y);
+  }
+  Sum sum;
+  for (const Bounded& frame : level.y.back()) sum.add(frame);
+  const double frames = static_cast<double>(sum.terms);
+  level.mean = with.round(sum.value / frames, sum.total(with).error / frames);
+  return level;
+}
+
+// The gradient of the channel's frames; those of the convolutions are added to `of`.
+inline Values global_level_backward(const GlobalLevel& level, Bounded of_mean, const std::vector<Input>& convolutions,
+                                    int64_t channel, std::vector<std::vector<Sum>>& of, const Arithmetic& with) {
+  const double frames = static_cast<double>(level.y.back().size());
+  Values grad(level.y.back().size(), with.round(of_mean.value / frames, of_mean.error / frames));
+  for (size_t k = level.x.size(); k-- > 0;) {
+    const Values& x = level.x[k];
+    std::vector<Sum> of_x(x.size());
+    for_each_tap(x.size(), [&](int64_t tap, size_t from, size_t to) {
+      const int64_t parameter = 3 * channel + tap;
+      of_x[from].add(times(grad[to], convolutions[2 * k][parameter]));
+      of[2 * k][static_cast<size_t>(parameter)].add(with.multiply(x[from], grad[to]));
+    });
+    for (const Bounded& g : grad) of[2 * k + 1][static_cast<size_t>(channel)].add(g);
+    if (k == 0) {
+      grad.clear();
+      for (const Sum& sum : of_x) grad.push_back(sum.total(with));
+      break;
+    }
+    const Values& y = level.y[k - 1];
+    grad.assign(y.size(), Bounded{});
+    for (size_t t = 0; t < x.size(); ++t) {
+      const size_t first = 2 * t, second = std::min(first + 1, y.size() - 1);
+      const Bounded g = with.multiply(of_x[t].total(with), with.gelu_slope(larger(y[first], y[second])));
+      const double apart = y[second].value - y[first].value;
+      if (second > first && std::fabs(apart) <= y[first].error + y[second].error)  // either may be the larger
+        grad[first].error = grad[second].error = std::fabs(g.value) + g.error;
+      grad[apart > 0 ? second : first] = {g.value, std::max(g.error, grad[first].error)};
+    }
+  }
+  return grad;
 }
 
 }  // namespace standalone::reference

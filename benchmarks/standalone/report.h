@@ -85,6 +85,7 @@ void check_pair_interpolate(Report&, int64_t real_clips);
 void check_depthwise_conv3d(Report&, int64_t real_clips);
 void check_token_features(Report&, int64_t real_clips);
 void check_interpolation_head(Report&, int64_t real_clips);
+void check_class_levels(Report&, int64_t real_clips);
 // Of no real size.
 void check_partial_sums(Report&, int64_t real_clips);
 

@@ -20,6 +20,7 @@ struct Case {
   double offset = 0;      // of x
   int64_t gap = 0;        // behind each row of grad_features
   bool deferred = false;  // the sums are left to partial_sums
+  bool total = false;     // what grad_x comes to is added to a wide one, for 16 bits
 };
 
 std::vector<Case> cases(int64_t real_clips) {
@@ -40,6 +41,9 @@ std::vector<Case> cases(int64_t real_clips) {
   odd_columns.gap = 3;
   Case deferred{"sums left over", {2, 4, 19, 40}, 24};
   deferred.deferred = true;
+  Case total{"into a total", {2, 4, 19, 40}, 24},
+      total_alone{"into a total, odd rows", {1, 2, 17, 43}, 21, Layout::odd};
+  total.total = total.accumulate = total_alone.total = true;
   return {
       {"several tiles, ragged", {2, 4, 19, 88}, 136},
       {"many clips, full tiles", {24, 4, 37, 24}, 24},
@@ -57,6 +61,8 @@ std::vector<Case> cases(int64_t real_clips) {
       columns,
       odd_columns,
       deferred,
+      total,
+      total_alone,
   };
 }
 
@@ -106,12 +112,6 @@ struct Setting {
     return p;
   }
 };
-
-reference::Values exactly(const std::vector<double>& values) {
-  reference::Values exact;
-  for (const double value : values) exact.push_back({value, 0});
-  return exact;
-}
 
 // Where row (clip, frame, token)'s features start, 2·width a pair of frames.
 int64_t features_of(const TokenSizes& s, int64_t row, int64_t width) {
@@ -230,7 +230,7 @@ void normalize(Report& report, const Setting& s) {
   const auto launch = [&] { inti::cuda::token_features_normalize(p); };
   launch();
   synchronize();
-  const auto statistics = exactly(s.statistics.values("statistics"));
+  const auto statistics = reference::exactly(s.statistics.values("statistics"));
   const auto expected =
       reference::normalized(s.x, s.position_or_null(), statistics, s.norm_weight, s.norm_bias, s.with);
   report.check("normalized", normalized, reference::stored(expected, s.dtype));
@@ -257,10 +257,14 @@ void backward_norm(Report& report, Setting& s, const Input& grad_normalized) {
       grad_norm_bias(c.sizes.dim, s.dtype), grad_position(c.sizes.frames * c.sizes.dim, s.wide),
       norm_partials(inti::cuda::token_features_tiles(s.shape()) * 2 * c.sizes.dim, s.wide),
       position_partials(inti::cuda::token_features_tiles(s.shape()) * c.sizes.dim, s.wide);
-  const Array& grad_x = c.accumulate ? before.array : fresh;
+  const Input beside(s.x.sizes.size(), s.wide, s.random);  // what both are added to
+  const bool total = c.total && s.dtype != s.wide;
+  const Array& grad_x = total ? beside.array : c.accumulate ? before.array : fresh;
   auto p = s.parameters<inti::cuda::TokenFeaturesBackwardNorm>();
   p.grad_normalized = grad_normalized.data();
   p.grad_x = c.wants_x ? grad_x.data() : nullptr;
+  if (total) p.grad_x = c.accumulate ? before.data() : nullptr;
+  p.total = total ? beside.data() : nullptr;
   p.accumulate = c.accumulate;
   p.grad_norm_weight = c.wants_norm ? grad_norm_weight.data() : nullptr;
   p.grad_norm_bias = c.wants_norm ? grad_norm_bias.data() : nullptr;
@@ -282,11 +286,15 @@ void backward_norm(Report& report, Setting& s, const Input& grad_normalized) {
   launch();
   synchronize();
 
-  const auto statistics = exactly(s.statistics.values("statistics"));
+  const auto statistics = reference::exactly(s.statistics.values("statistics"));
   auto expected =
       reference::norm_backward(s.x, s.position_or_null(), statistics, s.norm_weight, grad_normalized, s.with);
-  if (c.accumulate) reference::add_to(expected.x, before.values, s.dtype, s.with);
-  if (p.grad_x) report.check("grad_x", grad_x, reference::stored(expected.x, s.dtype));
+  if (c.accumulate) reference::add_to(expected.x, before.values, total ? s.wide : s.dtype, s.with);
+  if (total) {
+    reference::add_to(expected.x, beside.values, s.wide, s.with);
+    if (c.accumulate) before.array.check_unchanged("grad_x");
+  }
+  if (p.grad_x || total) report.check("grad_x", grad_x, reference::stored(expected.x, grad_x.dtype()));
   if (p.grad_norm_weight) {
     report.check("grad_norm_weight", grad_norm_weight, reference::stored(expected.weight, s.dtype));
     report.check("grad_norm_bias", grad_norm_bias, reference::stored(expected.bias, s.dtype));
