@@ -358,7 +358,6 @@ MUTANTS = {
         ("a last frame without a neighbour is lost", "  if (2 * i + 1 == frames) return first;", "  if (2 * i + 1 == frames) return 0;"),
         ("its gradient is", "grad_y.set(2 * t, grad);\n        }", "grad_y.set(2 * t, 0 * grad);\n        }"),
         ("the mean's gradient is that of every frame", "grad_y.set(t, of_mean / frames[kConvolutions - 1])", "grad_y.set(t, of_mean)"),
-        ("clips share a workspace", "p.workspace + clip * p.vectors * pitch + channel", "p.workspace + 0 * clip * p.vectors * pitch + channel"),
         ("the level is lost beside the frame's", "gelu(widen(load(p.pair_preactivation + at))) + level : level", "gelu(widen(load(p.pair_preactivation + at))) : level"),
         ("only the first clips' parameters count", "clip < p.batch; clip += kSumWarps)", "clip < p.batch; clip += p.batch)"),
     ),

@@ -168,6 +168,50 @@ def test_the_module_refuses_what_another_forward_kept(which: int, of_module: typ
     assert_same_bits(levels.resume(cls, None, _class_levels.Kept(*kept)), context)
 
 
+@pytest.mark.parametrize("levels", [(), ("global",)], ids=str)
+def test_what_another_forward_kept_of_a_level_is_nothing_without_it(levels: tuple[str, ...], of_module: type) -> None:
+    """Kernels would take it for the level's."""
+    frame, convolutions = ([p.detach() for p in level] for level in parameters(4, torch.float32))
+    cls, grad = torch.randn(2, 4, 12), torch.randn(2, 2, 12)
+    other, plain = of_module(frame, convolutions, EPS), of_module(None, convolutions if levels else None, EPS)
+    context, expected = other.forward(cls), plain.forward(cls)
+    kept = other.kept._replace(context=torch.zeros_like(context) if expected is None else expected)
+    again = of_module(None, convolutions if levels else None, EPS)
+    resumed = again.resume(cls, None, kept)
+    if not levels:
+        assert resumed is None
+        return
+    assert_same_bits(resumed, expected)
+    ours, right = again.backward(grad), plain.backward(grad)
+    assert_same_bits([ours[0], *ours[1]], [right[0], *right[1]])
+
+
+@pytest.mark.only_under_test("cuda")
+@pytest.mark.parametrize(
+    ("own", "products", "expected"),
+    [
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_frame_level_is_never_narrower_than_asked_for(
+    own: torch.dtype, products: torch.dtype, expected: torch.dtype, of_module: type
+) -> None:
+    """Parameters in another type of 16 bits than autocast's: in that, digits would be lost, or numbers overflow."""
+    frame, convolutions = ([p.detach().to(own) for p in level] for level in parameters(4, torch.float32))
+    levels = of_module(frame, convolutions, EPS, products)
+    context = levels.forward(torch.randn(2, 4, 12))
+    assert [tensor.dtype for tensor in levels.kept] == [expected, expected, torch.float32]
+    assert context.dtype == torch.float32
+    # Nor where one parameter is wider than the others.
+    mixed = of_module([frame[0].float(), *frame[1:]], convolutions, EPS, products)
+    mixed.forward(torch.randn(2, 4, 12))
+    assert mixed.kept.frame_preactivation.dtype == torch.float32
+
+
 def test_the_module_refuses_an_odd_number_of_frames(of_module: type) -> None:
     _, convolutions = parameters(4, torch.float32)
     with pytest.raises(ValueError, match="expected"):

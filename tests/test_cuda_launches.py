@@ -322,7 +322,7 @@ def test_token_features_adds_the_gradient_to_a_total(
 
 @pytest.mark.parametrize(("dtype", "of_total"), [(torch.float16, torch.float16), (torch.float32, torch.float32)])
 def test_a_total_is_float32_beside_16_bits(dtype: torch.dtype, of_total: torch.dtype) -> None:
-    with pytest.raises(ValueError, match="expected a total in float32"):
+    with pytest.raises(ValueError, match="expected a contiguous total in float32"):
         _into_a_total(dtype, SHAPES[0], False, of_total)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from inti_kernels import backends, ops
+from inti_kernels.backends._arguments import all_as_dtypes
 from inti_kernels.backends.cpu import _products
 from inti_kernels.backends.inti import Inputs, Kept
 from inti_kernels.reference import functional
@@ -109,6 +110,28 @@ def test_torch_func_grad() -> None:
 )
 def test_kernels_match_reference(kernels: str, **sizes: Any) -> None:
     op_suite.compare_with_reference(replace(SUBJECT, backend=kernels), kernels, draws=24, **sizes)
+
+
+def test_conversions_at_once_are_of_one_dtype_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several, PyTorch's kernel for GPUs writes past the end of some."""
+    calls, convert = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (calls.append((to, of)), convert(to, of)))
+    sources = [
+        torch.randn(3),
+        torch.randn(2).half(),
+        None,
+        torch.randn(4).half(),
+        torch.randn(5),
+        torch.randn(1).double(),
+    ]
+    dtypes = [torch.bfloat16, torch.float32, None, torch.bfloat16, torch.float32, torch.bfloat16]
+    converted = all_as_dtypes(sources, dtypes)
+    for source, dtype, tensor in zip(sources, dtypes, converted, strict=True):
+        assert tensor is None if source is None else torch.equal(tensor, source.to(dtype)) and tensor.dtype == dtype
+    assert converted[4] is sources[4]
+    assert len(calls) == 4
+    for tensors in (tensors for call in calls for tensors in call):
+        assert len({tensor.dtype for tensor in tensors}) == 1
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -91,7 +91,7 @@ struct Levels {
   const T* pair_preactivation;               // [batch, frames/2, dim], or null
   const T* convolutions[kGlobalParameters];  // or nulls
   W* workspace;                              // [batch, vectors, dim]
-  int vectors;
+  int64_t vectors;
   W* context;                  // [batch, frames/2, dim], forward
   const W* grad_context;       // the same, backward
   T* grad_pair_preactivation;  // [batch, frames/2, dim]
@@ -242,6 +242,7 @@ __global__ void __launch_bounds__(32 * kSumWarps, 1) class_levels_backward_conte
 
 int64_t clip_vectors(const ClassLevelsShape& s) { return 6 * s.frames + 8; }  // a pooling leaves half and one at most
 
+// As much in either direction.
 int64_t class_levels_workspace(const ClassLevelsShape& s) { return s.batch * clip_vectors(s) * s.dim; }
 
 // Of any of the entry points' structs.
@@ -355,7 +356,7 @@ Levels<T> levels(const Params& p) {
   q.pair_preactivation = static_cast<const T*>(p.pair_preactivation);
   for (int i = 0; i < kGlobalParameters; ++i) q.convolutions[i] = static_cast<const T*>(p.convolutions[i]);
   q.workspace = static_cast<Wide<T>*>(p.workspace);
-  q.vectors = static_cast<int>(clip_vectors(p.shape));
+  q.vectors = clip_vectors(p.shape);
   return q;
 }
 
@@ -377,6 +378,9 @@ void class_levels_backward_context(const ClassLevelsBackwardContext& p) {
     using T = decltype(number);
     using W = Wide<T>;
     auto q = levels<T>(p);
+    if ((q.pair_preactivation && !(p.grad_pair_preactivation && p.grad_pair_bias)) ||
+        (q.convolutions[0] && !(p.grad_x && p.grad_convolutions[0])))
+      throw std::invalid_argument("inti_kernels: class_levels_backward_context gives a level all of its gradients");
     if (p.shape.frames == 0) q.batch = 0;
     q.in.grad = static_cast<W*>(p.grad_x);
     q.grad_context = static_cast<const W*>(p.grad_context);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 
@@ -120,6 +121,20 @@ def expect_interpolation_head(
     _expect_float64_in_all_or_none(x, features)
 
 
+def expect_class_levels(
+    cls: Tensor, position: Tensor | None, frame: Sequence[Tensor], convolutions: Sequence[Tensor]
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """`expect` for the levels of class tokens [B, T, C], of parameters as ClassLevels has them or none; the shapes of
+    what is of a frame in the frame level, and of what is of a pair."""
+    batch, frames, dim = cls.shape
+    half = frame[2].shape[0] if frame else 0
+    of_frame = ((dim,), (dim,), (half, dim), (half,), (2 * half,), (2 * half,), (dim, 2 * half), (dim,))
+    of_parameters = (*of_frame[: len(frame)], *((dim, 1, 3), (dim,)) * (len(convolutions) // 2))
+    expect(cls, (cls, (batch, frames // 2 * 2, dim)), (position, (frames, dim)))
+    expect(cls, *zip((*frame, *convolutions), of_parameters, strict=True))
+    return (batch, frames, half), (batch, frames // 2, dim)
+
+
 def _expect_float64_in_all_or_none(x: Tensor, network: Tensor) -> None:
     if wide_dtype(network) != wide_dtype(x):
         raise ValueError(f"expected float64 for x and the network, or for neither, got {x.dtype} and {network.dtype}")
@@ -142,14 +157,18 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def all_as_dtypes(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
-    """`as_dtype` of each: on a GPU one launch for all of one dtype."""
-    converted = list(tensors)
-    pending = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.dtype != dtypes[i]]
-    if pending:
-        sources = [tensors[i] for i in pending]
-        targets = [empty(source.shape, source, dtypes[i]) for i, source in zip(pending, sources, strict=True)]
+    """`as_dtype` of each: on a GPU one launch for all that go from one dtype to one other."""
+    converted, pending = list(tensors), defaultdict(list)
+    for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
+        if tensor is not None and tensor.dtype != dtype:
+            pending[tensor.dtype, dtype].append(i)
+    for (_, dtype), places in pending.items():
+        # Never of several dtypes at once: up to torch 2.10 all targets on a GPU are written as if they had the first
+        # one's (pytorch issue 173383).
+        sources = [tensors[i] for i in places]
+        targets = [empty(source.shape, source, dtype) for source in sources]
         torch._foreach_copy_(targets, sources)
-        for i, target in zip(pending, targets, strict=True):
+        for i, target in zip(places, targets, strict=True):
             converted[i] = target
     return converted
 

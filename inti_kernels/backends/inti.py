@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import implementation, settle
+from . import _module, implementation, settle
 from ._arguments import all_as_dtypes, as_dtype, channels_contiguous, in_wide_dtype, wide_dtype
 from ._class_levels import ClassLevels
 from ._class_levels import Kept as KeptOfClassLevels
@@ -92,7 +91,8 @@ class Sizes(NamedTuple):
         grid: (H, W).
         prefix: tokens before the patches.
         eps: of the three LayerNorms.
-        dtype: what the products are to be computed in: x's, or autocast's.
+        dtype: what the products of tokens are to be computed in: x's, or autocast's. Those of class tokens may be in
+            the wide dtype.
     """
 
     grid: Sequence[int]
@@ -111,15 +111,18 @@ def computed_in(x: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
     return dtype
 
 
-def kept_of_class_levels(inputs: Inputs, backend: str) -> torch.dtype | None:
-    """The dtype of what the forward keeps of the frame level, where kernels compute the class tokens' levels; None
-    where it keeps nothing of them. Tokens without data run nowhere."""
+def kept_of_class_levels(inputs: Inputs, dtype: torch.dtype, backend: str) -> torch.dtype | None:
+    """The dtype of what the forward keeps of the frame level, where kernels compute the class tokens' levels on this
+    machine; None where it keeps nothing of them. Tokens on a device that isn't here run nowhere.
+
+    Args:
+        dtype: of the products, see :class:`Sizes`.
+    """
     x = inputs.x
-    if x.device.type == "cuda" and not torch.cuda.is_available():
-        return None  # tokens that only stand for some
-    kernels = _kernels_of_class_levels(x, backend) if x.device.type in ("cpu", "cuda") else None
-    parameter = next((inputs[level.start] for level in (FRAME, GLOBAL) if inputs[level.start] is not None), None)
-    return None if kernels is None or parameter is None else kernels.dtype_of_frame_level(x, parameter)
+    here = x.device.type == "cpu" or (x.is_cuda and (x.device.index or 0) < torch.cuda.device_count())
+    parameters = [tensor for tensor in inputs[FRAME.start : GLOBAL.stop] if tensor is not None]
+    kernels = _kernels_of_class_levels(x, backend) if here and parameters else None
+    return None if kernels is None else kernels.dtype_of_frame_level(x, parameters, dtype)
 
 
 def _kernels_of_class_levels(x: Tensor, backend: str) -> ModuleType | None:
@@ -127,7 +130,7 @@ def _kernels_of_class_levels(x: Tensor, backend: str) -> ModuleType | None:
     chosen = settle("inti", backend, x)
     if chosen not in ("cpu", "cuda"):
         return None
-    return import_module(f".{chosen}.class_levels", __package__)
+    return _module(chosen, "class_levels")
 
 
 def inti_forward(
@@ -267,7 +270,7 @@ class _Chain:
         )
         kernels = _kernels_of_class_levels(x, self.backend)
         if kernels is not None:
-            return kernels.ClassLevels(frame, convolutions, eps)
+            return kernels.ClassLevels(frame, convolutions, eps, self.sizes.dtype)
         # PyTorch's 16-bit products of a few rows are slow on the CPU.
         dtype = self.dtype if x.is_cuda else wide_dtype(x)
         return ClassLevels(frame and [as_dtype(parameter, dtype) for parameter in frame], convolutions, eps)

@@ -84,7 +84,7 @@ def _(*args):  # type: ignore[no-untyped-def]
     pairs = (batch, frames // 2, tokens)
     outputs = x.new_empty(*pairs, dim), x.new_empty((*pairs, 2), dtype=sizes.dtype)
     nothing, large = x.new_empty(0, dtype=dtype), keep and not recompute
-    wide, of_class = wide_dtype(nothing), kept_of_class_levels(inputs, backend) if large else None
+    wide, of_class = wide_dtype(nothing), kept_of_class_levels(inputs, sizes.dtype, backend) if large else None
     of_frame = of_class is not None and inputs.pair_weight is not None
 
     def kept_if(there: bool, shape: Sequence[int], of_dtype: torch.dtype) -> Tensor:
@@ -196,7 +196,8 @@ def inti(
     """The whole module, with the fusion "separate" and the softmax head (Eq. 7 to 13), as one node of the graph.
 
     Backends: reference, cpu, triton, cuda. The products run in x's dtype, under autocast in autocast's (on a CPU
-    without products in that dtype in float32, if x is in float32); sums in float32 (float64 for float64). For the
+    without products in that dtype in float32, if x is in float32; those of class tokens in float32 where parameters
+    are); sums in float32 (float64 for float64). For the
     backward it keeps what the two GELUs were taken of and the cube level, 1.5 times the size of x in the products'
     dtype, two numbers a token and, on the CPU and with cuda, 1.5·C a frame. Differentiable once, in every input;
     vmap, torch.func.grad and torch.compile work.

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .._arguments import channels_contiguous, expect, expect_one_dtype, in_wide_dtype, name_of, wide_dtype
+from .._arguments import (
+    channels_contiguous,
+    expect,
+    expect_class_levels,
+    expect_one_dtype,
+    in_wide_dtype,
+    name_of,
+    wide_dtype,
+)
 from .._class_levels import Kept
 from .._memory import empty
 from ._call import call
@@ -18,16 +26,21 @@ from ._call import call
 _NO_FRAME, _NO_CONVOLUTIONS = [None] * 8, [None] * 6
 
 
-def dtype_of_frame_level(x: Tensor, parameter: Tensor) -> torch.dtype:
-    """Of what the frame level leaves, by class tokens and a parameter."""
+def dtype_of_frame_level(x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Of what the frame level leaves, by class tokens, both levels' parameters and what the products are to be in."""
     return wide_dtype(x)
 
 
 class ClassLevels:
-    """As the one in PyTorch, with all in the wide dtype but the class tokens, and a forward that is kept."""
+    """As the one in PyTorch, with all in the wide dtype but the class tokens, and a forward that is kept. What the
+    products are to be in is no matter."""
 
     def __init__(
-        self, frame: Sequence[Tensor] | None, convolutions: Sequence[Tensor] | None, eps: Sequence[float]
+        self,
+        frame: Sequence[Tensor] | None,
+        convolutions: Sequence[Tensor] | None,
+        eps: Sequence[float],
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.frame, self.convolutions, self.eps = frame or [], convolutions or [], tuple(eps)
 
@@ -36,7 +49,7 @@ class ClassLevels:
         if not (self.frame or self.convolutions):
             return None
         self._look_at(cls, position)
-        of_frames, of_pairs = self._shapes()
+        of_frames, of_pairs = self.shapes
         context, wide = empty(of_pairs, cls, self.dtype), []
         if self.frame:
             wide = [empty(of_frames, cls, self.dtype), empty(of_pairs, cls, self.dtype)]
@@ -47,16 +60,17 @@ class ClassLevels:
     def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
         # With C/2 rounded down to 0 a frame has no preactivation to keep, nor any a clip that isn't there.
         needed = kept if self.frame else kept[2:]
-        if any(tensor is None for tensor in needed):
+        if not (self.frame or self.convolutions) or any(tensor is None for tensor in needed):
             return self.forward(cls, position)
         self._look_at(cls, position)
-        of_frames, of_pairs = self._shapes()
+        of_frames, of_pairs = self.shapes
         expect(cls, *zip(needed, (of_frames, of_pairs, of_pairs)[-len(needed) :], strict=True))
-        self.kept = Kept(*(None if tensor is None else in_wide_dtype(tensor, cls) for tensor in kept))
+        *preactivations, context = (in_wide_dtype(tensor, cls) for tensor in needed)
+        self.kept = Kept(*preactivations or (None, None), context)
         return self.kept.context
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        expect(grad, (grad, self._shapes()[1]))
+        expect(grad, (grad, self.shapes[1]))
         expect_one_dtype(self.kept.context, grad)
         grad_cls, grads = empty(self.tokens, grad), [empty(parameter.shape, grad) for parameter in self.wide]
         count = len(self.frame)
@@ -73,14 +87,13 @@ class ClassLevels:
         return grad_cls, grads
 
     def _look_at(self, cls: Tensor, position: Tensor | None) -> None:
-        """Sets what both directions hand over."""
+        """Sets what both directions hand over, and the shapes of what the frame level has of a frame and of a pair."""
         batch, frames, dim = self.tokens = tuple(cls.shape)
-        self.dtype, self.half = wide_dtype(cls), self.frame[2].shape[0] if self.frame else 0
-        half, parameters, count = self.half, (*self.frame, *self.convolutions), len(self.frame)
-        of_frame = ((dim,), (dim,), (half, dim), (half,), (2 * half,), (2 * half,), (dim, 2 * half), (dim,))
-        of_parameters = (*of_frame[:count], *((dim, 1, 3), (dim,)) * (len(self.convolutions) // 2))
-        expect(cls, (cls, (batch, frames // 2 * 2, dim)), (position, (frames, dim)))
-        expect(cls, *zip(parameters, of_parameters, strict=True))
+        self.shapes, parameters = (
+            expect_class_levels(cls, position, self.frame, self.convolutions),
+            (*self.frame, *self.convolutions),
+        )
+        self.dtype, half, count = wide_dtype(cls), self.shapes[0][2], len(self.frame)
         self.wide, cls = [in_wide_dtype(parameter, cls) for parameter in parameters], channels_contiguous(cls)
         threads = torch.get_num_threads()
         self.shared = {
@@ -96,8 +109,3 @@ class ClassLevels:
                 (native.load().class_levels_workspace(batch, frames, dim, half, threads),), cls, self.dtype
             ),
         }
-
-    def _shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Of what is of a frame in the frame level, and of a pair."""
-        batch, frames, dim = self.tokens
-        return (batch, frames, self.half), (batch, frames // 2, dim)

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import as_dtype, channels_contiguous, expect, expect_one_dtype, in_wide_dtype, name_of, wide_dtype
+from .._arguments import (
+    all_as_dtypes,
+    channels_contiguous,
+    expect,
+    expect_class_levels,
+    expect_one_dtype,
+    in_wide_dtype,
+    name_of,
+    wide_dtype,
+)
 from .._class_levels import Kept
 from .._memory import empty
 from . import load
@@ -21,21 +30,28 @@ from ._launch import launch
 _NO_CONVOLUTIONS = [None] * 6
 
 
-def dtype_of_frame_level(x: Tensor, parameter: Tensor) -> torch.dtype:
-    """Of the Linears and of what they leave, by class tokens and a parameter: the parameter's, so that none is
-    converted, but beside float64."""
-    wide = wide_dtype(x)
-    return parameter.dtype if wide_dtype(parameter) == wide else wide
+def dtype_of_frame_level(x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Of the Linears and of what they leave, by class tokens, both levels' parameters and what the products are to be
+    in: the parameters', so that none is converted, unless that is narrower than asked for; then the wide one."""
+    (own, *others), wide = {parameter.dtype for parameter in parameters}, wide_dtype(x)
+    return own if own in (dtype, wide) and not others and wide_dtype(parameters[0]) == wide else wide
 
 
 class ClassLevels:
-    """As the one in PyTorch, but that the frame level's Linears and what they leave are in the parameters' dtype, and
-    that the forward is kept."""
+    """As the one in PyTorch, with a forward that is kept.
+
+    Args:
+        dtype: what the products are to be in, and may be in a wider one; the first parameter's if not given.
+    """
 
     def __init__(
-        self, frame: Sequence[Tensor] | None, convolutions: Sequence[Tensor] | None, eps: Sequence[float]
+        self,
+        frame: Sequence[Tensor] | None,
+        convolutions: Sequence[Tensor] | None,
+        eps: Sequence[float],
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.frame, self.convolutions, self.eps = frame or [], convolutions or [], tuple(eps)
+        self.frame, self.convolutions, self.eps, self.products = frame or [], convolutions or [], tuple(eps), dtype
 
     def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
         self.kept = Kept(None, None, None)
@@ -57,15 +73,16 @@ class ClassLevels:
         return context
 
     def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
+        # With C/2 rounded down to 0 a frame has no preactivation to keep, nor any a clip that isn't there.
         needed = kept if self.frame else kept[2:]
-        if any(tensor is None for tensor in needed):
+        if not (self.frame or self.convolutions) or any(tensor is None for tensor in needed):
             return self.forward(cls, position)
         self._look_at(cls, position)
-        expect(cls, *zip(needed, (self.shapes[0], *self.shapes[1:] * 2)[-len(needed) :], strict=True))
+        of_frames, of_pairs = self.shapes
+        expect(cls, *zip(needed, (of_frames, of_pairs, of_pairs)[-len(needed) :], strict=True))
         expect_one_dtype(self.parameters[0], *needed[:-1])
-        self.kept = Kept(
-            *(None if tensor is None else tensor.contiguous() for tensor in kept[:2]), in_wide_dtype(kept.context, cls)
-        )
+        preactivations = [tensor.contiguous() for tensor in needed[:-1]] or (None, None)
+        self.kept = Kept(*preactivations, in_wide_dtype(kept.context, cls))
         return self.kept.context
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -133,19 +150,18 @@ class ClassLevels:
             tokens, shapes: sizes of the class tokens; of what is of a frame in the frame level, and of a pair.
             parameters: of both levels, contiguous and in ``dtype``.
         """
-        batch, frames, dim = self.tokens = tuple(cls.shape)
-        half, count = self.frame[2].shape[0] if self.frame else 0, len(self.frame)
-        self.half, self.shapes = half, ((batch, frames, half), (batch, frames // 2, dim))
-        of_frame = ((dim,), (dim,), (half, dim), (half,), (2 * half,), (2 * half,), (dim, 2 * half), (dim,))
-        of_parameters = (*of_frame[:count], *((dim, 1, 3), (dim,)) * (len(self.convolutions) // 2))
-        parameters = (*self.frame, *self.convolutions)
-        expect(cls, (cls, (batch, frames // 2 * 2, dim)), (position, (frames, dim)))
-        expect(cls, *zip(parameters, of_parameters, strict=True))
-        self.dtype = dtype_of_frame_level(cls, parameters[0])
-        self.parameters = [as_dtype(parameter, self.dtype).contiguous() for parameter in parameters]
+        self.tokens, parameters = tuple(cls.shape), (*self.frame, *self.convolutions)
+        self.shapes = expect_class_levels(cls, position, self.frame, self.convolutions)
+        self.half, self.dtype = (
+            self.shapes[0][2],
+            dtype_of_frame_level(cls, parameters, self.products or parameters[0].dtype),
+        )
+        self.parameters = [
+            parameter.contiguous() for parameter in all_as_dtypes(parameters, [self.dtype] * len(parameters))
+        ]
         cls = channels_contiguous(cls)
         self.tokens_of = {
-            "shape": (*self.tokens, half, name_of(cls.dtype), name_of(self.dtype)),
+            "shape": (*self.tokens, self.half, name_of(cls.dtype), name_of(self.dtype)),
             "x": cls,
             "x_strides": (*cls.stride()[:2], 0),
             "position": in_wide_dtype(position, cls),

@@ -110,8 +110,10 @@ def token_features_backward(
         (total, x.shape),
     )
     expect_one_dtype(x, grad_features, preactivation)
-    if total is not None and (x.dtype.itemsize != 2 or total.dtype != wide_dtype(x)):
-        raise ValueError(f"expected a total in float32 beside 16 bits, got {total.dtype} beside {x.dtype}")
+    if total is not None and not (
+        needs[0] and x.dtype.itemsize == 2 and total.dtype == wide_dtype(x) and total.is_contiguous()
+    ):
+        raise ValueError(f"expected a contiguous total in float32 beside 16 bits, got {total.dtype} beside {x.dtype}")
     x, weight = channels_contiguous(x, "token_features"), weight.contiguous()
     grad_features, pitch = rows(grad_features)
     shape, wide = _shape(x, weight), wide_dtype(x)
