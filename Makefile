@@ -252,7 +252,7 @@ coverage: install ## the op tests, and how many lines of the C++ kernels they ex
 	$(CMAKE) --build build/coverage
 	@find build/coverage -name '*.gcda' -delete
 	$(call say,Coverage of csrc/cpu: the op tests)
-	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/coverage/_native*.so)" OMP_NUM_THREADS=1 \
+	INTI_NATIVE_LIBRARY="$$(echo $(CURDIR)/build/coverage/_native*.so)" OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=lines \
 	    $(OP_TESTS) -k '$(NO_COMPILER)'
 	$(call say,Coverage of csrc/cpu)
 	$(call covered,build/coverage,csrc/cpu/)

@@ -23,10 +23,12 @@ from op_subject import EMULATED, INTERPRETED, UNDER_TEST, allocate_by  # noqa: E
 from inti_kernels.backends import native  # noqa: E402
 
 # `fast` draws the same examples every time, so that a change and not the weather turns the suite red; `full` is for
-# finding what nobody thought of (HYPOTHESIS_PROFILE=full); `mutants` only wants to know whether something fails.
+# finding what nobody thought of (HYPOTHESIS_PROFILE=full); `mutants` only wants to know whether something fails, and
+# `lines` which lines of the kernels are executed, after `fast` has passed.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("fast", max_examples=4 if INTERPRETED else 25, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=400, **_COMMON)
+settings.register_profile("lines", max_examples=5, derandomize=True, **_COMMON)
 settings.register_profile(
     "mutants", max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON
 )
