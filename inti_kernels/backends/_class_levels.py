@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arguments import as_dtype, wide_dtype
+from ._arguments import as_dtype, expect, in_wide_dtype, wide_dtype
 
 aten = torch.ops.aten
 
@@ -192,3 +192,46 @@ class ClassLevels:
             return grad_cls, grads
         grad_cls, of_clip = self.clip_level.backward(grad, grad_cls)
         return grad_cls, [*grads, *of_clip]
+
+
+class OfKernels:
+    """What the ClassLevels of the compiled modules have in common.
+
+    Args:
+        dtype: what the products are to be in, and may be in a wider one; the first parameter's if not given.
+
+    Attributes:
+        dtype: what the frame level is computed in, once a direction has looked at its arguments; so too
+        shapes: of what it has of a frame and of a pair.
+    """
+
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, int, int], tuple[int, int, int]]
+
+    def __init__(
+        self,
+        frame: Sequence[Tensor] | None,
+        convolutions: Sequence[Tensor] | None,
+        eps: Sequence[float],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.frame, self.convolutions, self.eps, self.products = frame or [], convolutions or [], tuple(eps), dtype
+
+    def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
+        # With C/2 rounded down to 0 a frame has no preactivation to keep, nor any a clip that isn't there.
+        needed = kept if self.frame else kept[2:]
+        if not (self.frame or self.convolutions) or any(tensor is None for tensor in needed):
+            return self.forward(cls, position)
+        self._look_at(cls, position)
+        of_frames, of_pairs = self.shapes
+        expect(cls, *zip(needed, (of_frames, of_pairs, of_pairs)[-len(needed) :], strict=True))
+        preactivations = [as_dtype(tensor, self.dtype).contiguous() for tensor in needed[:-1]]
+        self.kept = Kept(*preactivations or (None, None), in_wide_dtype(kept.context, cls))
+        return self.kept.context
+
+    def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
+        raise NotImplementedError
+
+    def _look_at(self, cls: Tensor, position: Tensor | None) -> None:
+        """Sets ``dtype``, ``shapes`` and what both directions hand over."""
+        raise NotImplementedError

@@ -18,7 +18,7 @@ from .._arguments import (
     name_of,
     wide_dtype,
 )
-from .._class_levels import Kept
+from .._class_levels import Kept, OfKernels
 from .._memory import empty
 from ._call import call
 
@@ -31,18 +31,8 @@ def dtype_of_frame_level(x: Tensor, parameters: Sequence[Tensor], dtype: torch.d
     return wide_dtype(x)
 
 
-class ClassLevels:
-    """As the one in PyTorch, with all in the wide dtype but the class tokens, and a forward that is kept. What the
-    products are to be in is no matter."""
-
-    def __init__(
-        self,
-        frame: Sequence[Tensor] | None,
-        convolutions: Sequence[Tensor] | None,
-        eps: Sequence[float],
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.frame, self.convolutions, self.eps = frame or [], convolutions or [], tuple(eps)
+class ClassLevels(OfKernels):
+    """As the one in PyTorch, with all in the wide dtype but the class tokens, and a forward that is kept."""
 
     def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
         self.kept = Kept(None, None, None)
@@ -56,18 +46,6 @@ class ClassLevels:
         self.kept = Kept(*wide or (None, None), context)
         call("class_levels_forward", **self.shared, **self.kept._asdict())
         return context
-
-    def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
-        # With C/2 rounded down to 0 a frame has no preactivation to keep, nor any a clip that isn't there.
-        needed = kept if self.frame else kept[2:]
-        if not (self.frame or self.convolutions) or any(tensor is None for tensor in needed):
-            return self.forward(cls, position)
-        self._look_at(cls, position)
-        of_frames, of_pairs = self.shapes
-        expect(cls, *zip(needed, (of_frames, of_pairs, of_pairs)[-len(needed) :], strict=True))
-        *preactivations, context = (in_wide_dtype(tensor, cls) for tensor in needed)
-        self.kept = Kept(*preactivations or (None, None), context)
-        return self.kept.context
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         expect(grad, (grad, self.shapes[1]))
@@ -87,15 +65,11 @@ class ClassLevels:
         return grad_cls, grads
 
     def _look_at(self, cls: Tensor, position: Tensor | None) -> None:
-        """Sets what both directions hand over, and the shapes of what the frame level has of a frame and of a pair."""
         batch, frames, dim = self.tokens = tuple(cls.shape)
-        self.shapes, parameters = (
-            expect_class_levels(cls, position, self.frame, self.convolutions),
-            (*self.frame, *self.convolutions),
-        )
+        self.shapes = expect_class_levels(cls, position, self.frame, self.convolutions)
         self.dtype, half, count = wide_dtype(cls), self.shapes[0][2], len(self.frame)
-        self.wide, cls = [in_wide_dtype(parameter, cls) for parameter in parameters], channels_contiguous(cls)
-        threads = torch.get_num_threads()
+        self.wide = [in_wide_dtype(parameter, cls) for parameter in (*self.frame, *self.convolutions)]
+        cls, threads = channels_contiguous(cls), torch.get_num_threads()
         self.shared = {
             "shape": (batch, frames, dim, half),
             "dtypes": (name_of(cls.dtype), name_of(self.dtype)),

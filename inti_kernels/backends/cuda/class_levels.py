@@ -21,7 +21,7 @@ from .._arguments import (
     name_of,
     wide_dtype,
 )
-from .._class_levels import Kept
+from .._class_levels import Kept, OfKernels
 from .._memory import empty
 from . import load
 from ._launch import launch
@@ -37,21 +37,9 @@ def dtype_of_frame_level(x: Tensor, parameters: Sequence[Tensor], dtype: torch.d
     return own if own in (dtype, wide) and not others and wide_dtype(parameters[0]) == wide else wide
 
 
-class ClassLevels:
-    """As the one in PyTorch, with a forward that is kept.
-
-    Args:
-        dtype: what the products are to be in, and may be in a wider one; the first parameter's if not given.
-    """
-
-    def __init__(
-        self,
-        frame: Sequence[Tensor] | None,
-        convolutions: Sequence[Tensor] | None,
-        eps: Sequence[float],
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.frame, self.convolutions, self.eps, self.products = frame or [], convolutions or [], tuple(eps), dtype
+class ClassLevels(OfKernels):
+    """As the one in PyTorch, with the frame level's Linears and what they leave in :func:`dtype_of_frame_level`, and a
+    forward that is kept."""
 
     def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
         self.kept = Kept(None, None, None)
@@ -71,19 +59,6 @@ class ClassLevels:
         self._launch("class_levels_context", **self._of_context(of_pairs), context=context)
         self.kept = Kept(of_frames, of_pairs, context)
         return context
-
-    def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
-        # With C/2 rounded down to 0 a frame has no preactivation to keep, nor any a clip that isn't there.
-        needed = kept if self.frame else kept[2:]
-        if not (self.frame or self.convolutions) or any(tensor is None for tensor in needed):
-            return self.forward(cls, position)
-        self._look_at(cls, position)
-        of_frames, of_pairs = self.shapes
-        expect(cls, *zip(needed, (of_frames, of_pairs, of_pairs)[-len(needed) :], strict=True))
-        expect_one_dtype(self.parameters[0], *needed[:-1])
-        preactivations = [tensor.contiguous() for tensor in needed[:-1]] or (None, None)
-        self.kept = Kept(*preactivations, in_wide_dtype(kept.context, cls))
-        return self.kept.context
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         expect(grad, (grad, self.shapes[1]))
@@ -144,21 +119,12 @@ class ClassLevels:
         )
 
     def _look_at(self, cls: Tensor, position: Tensor | None) -> None:
-        """Sets what both directions hand over.
-
-        Attributes:
-            tokens, shapes: sizes of the class tokens; of what is of a frame in the frame level, and of a pair.
-            parameters: of both levels, contiguous and in ``dtype``.
-        """
         self.tokens, parameters = tuple(cls.shape), (*self.frame, *self.convolutions)
         self.shapes = expect_class_levels(cls, position, self.frame, self.convolutions)
-        self.half, self.dtype = (
-            self.shapes[0][2],
-            dtype_of_frame_level(cls, parameters, self.products or parameters[0].dtype),
-        )
-        self.parameters = [
-            parameter.contiguous() for parameter in all_as_dtypes(parameters, [self.dtype] * len(parameters))
-        ]
+        self.half = self.shapes[0][2]
+        self.dtype = dtype_of_frame_level(cls, parameters, self.products or parameters[0].dtype)
+        converted = all_as_dtypes(parameters, [self.dtype] * len(parameters))
+        self.parameters = [parameter.contiguous() for parameter in converted]
         cls = channels_contiguous(cls)
         self.tokens_of = {
             "shape": (*self.tokens, self.half, name_of(cls.dtype), name_of(self.dtype)),
