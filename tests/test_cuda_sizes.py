@@ -227,3 +227,22 @@ def test_a_size_of_zero_is_no_work_or_an_error(op: Callable[..., Calls], name: s
 def test_a_convolution_needs_frames_for_a_step() -> None:
     with pytest.raises(ValueError, match="frames to fill a temporal_stride; got height 3, width 2, frames 1, temp.* 2"):
         load().depthwise_conv3d_tiling((1, 1, 0, 3, 2, 5, 2, 3, F, F))
+
+
+@pytest.mark.parametrize(
+    ("entry", "change", "said"),
+    [
+        ("class_levels_context", {"shape": (2, 3, 5, 3, F, F)}, "an even number of frames"),
+        ("class_levels_context", {"shape": (2, 4, 5, 3, "float64", F)}, "float64 for all or for nothing"),
+        ("class_levels_backward_context", {"grad_pair_bias": None}, "gives a level all of its gradients"),
+        ("class_levels_backward_context", {"grad_x": None}, "gives a level all of its gradients"),
+        ("class_levels_backward_context", {"convolutions": [None] * 5}, "expected 6 addresses, got 5"),
+        ("token_features_backward_norm", {"total": given(2, 4, 3, 5)}, "takes a total for 16-bit dtypes"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(entry: str, change: dict[str, Any], said: str) -> None:
+    op = class_levels if entry.startswith("class_levels") else token_features
+    arguments = next(arguments for name, arguments in op(**SIZES[op]) if name == entry)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=said):
+        launch(entry, torch.empty(0), **arguments | change)
