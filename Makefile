@@ -39,9 +39,8 @@ OP_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= -n auto \
     tests/test_interpolation_head.py tests/test_class_levels.py tests/test_cpu.py tests/test_native.py
 # With INTI_CUDA_LIBRARY, all these are tests of the emulated CUDA backend.
 CUDA_TESTS = $(VENV_PYTHON) -m pytest -q -o addopts= $(wildcard tests/test_cuda_emulated.py tests/test_cuda_launches.py tests/test_cuda_sizes.py) \
-    tests/test_class_levels.py \
     tests/test_pair_interpolate.py tests/test_depthwise_conv3d.py tests/test_token_features.py \
-    tests/test_interpolation_head.py tests/test_inti.py
+    tests/test_interpolation_head.py tests/test_class_levels.py tests/test_inti.py
 # What of them says nothing more on another build of the kernels, and waits for a compiler.
 NO_COMPILER := not compile and not export and not opcheck
 # The emulated module of a build folder, and the lines that a build folder's tests executed.

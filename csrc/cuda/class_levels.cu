@@ -31,6 +31,7 @@ struct TimeConvolution {
     bias = widen(load(of_bias + channel));
   }
 
+  // A tap is left out where there is no frame, not multiplied by 0: it may be NaN.
   __device__ __forceinline__ void forward(const FramesOfChannel<W>& x, int frames, const FramesOfChannel<W>& y) const {
     W before = 0, here = x[0];
     for (int t = 0; t < frames; ++t) {

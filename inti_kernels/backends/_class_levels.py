@@ -201,10 +201,12 @@ class OfKernels:
         dtype: what the products are to be in, and may be in a wider one; the first parameter's if not given.
 
     Attributes:
-        dtype: what the frame level is computed in, once a direction has looked at its arguments; so too
-        shapes: of what it has of a frame and of a pair.
+        kept: of the forward.
+        dtype: what the frame level is computed in; set, like ``shapes``, by what either direction begins with.
+        shapes: of what the frame level has of a frame and of a pair.
     """
 
+    kept: Kept
     dtype: torch.dtype
     shapes: tuple[tuple[int, int, int], tuple[int, int, int]]
 
@@ -216,6 +218,13 @@ class OfKernels:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.frame, self.convolutions, self.eps, self.products = frame or [], convolutions or [], tuple(eps), dtype
+
+    def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
+        self.kept = Kept(None, None, None)
+        if self.frame or self.convolutions:
+            self._look_at(cls, position)
+            self.kept = self._computed(cls)
+        return self.kept.context
 
     def resume(self, cls: Tensor, position: Tensor | None, kept: Kept) -> Tensor | None:
         # With C/2 rounded down to 0 a frame has no preactivation to keep, nor any a clip that isn't there.
@@ -229,9 +238,9 @@ class OfKernels:
         self.kept = Kept(*preactivations or (None, None), in_wide_dtype(kept.context, cls))
         return self.kept.context
 
-    def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
-        raise NotImplementedError
-
     def _look_at(self, cls: Tensor, position: Tensor | None) -> None:
         """Sets ``dtype``, ``shapes`` and what both directions hand over."""
+        raise NotImplementedError
+
+    def _computed(self, cls: Tensor) -> Kept:
         raise NotImplementedError

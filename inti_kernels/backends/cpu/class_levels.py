@@ -34,18 +34,14 @@ def dtype_of_frame_level(x: Tensor, parameters: Sequence[Tensor], dtype: torch.d
 class ClassLevels(OfKernels):
     """As the one in PyTorch, with all in the wide dtype but the class tokens, and a forward that is kept."""
 
-    def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
-        self.kept = Kept(None, None, None)
-        if not (self.frame or self.convolutions):
-            return None
-        self._look_at(cls, position)
+    def _computed(self, cls: Tensor) -> Kept:
         of_frames, of_pairs = self.shapes
         context, wide = empty(of_pairs, cls, self.dtype), []
         if self.frame:
             wide = [empty(of_frames, cls, self.dtype), empty(of_pairs, cls, self.dtype)]
-        self.kept = Kept(*wide or (None, None), context)
-        call("class_levels_forward", **self.shared, **self.kept._asdict())
-        return context
+        kept = Kept(*wide or (None, None), context)
+        call("class_levels_forward", **self.shared, **kept._asdict())
+        return kept
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         expect(grad, (grad, self.shapes[1]))

@@ -102,6 +102,7 @@ class Sums:
             places = (_address(partials), partials.shape[0], pitch, to.numel(), run, run_pitch)
             sums.append((*places, _address(to), name_of(to.dtype), negated, goes_on))
         like = batch[0][0]
+        # A tuple: a list is one of tensors.
         launch("partial_sums", like, sums=tuple(sums), dtype=name_of(like.dtype))
 
 

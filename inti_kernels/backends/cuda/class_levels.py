@@ -41,11 +41,7 @@ class ClassLevels(OfKernels):
     """As the one in PyTorch, with the frame level's Linears and what they leave in :func:`dtype_of_frame_level`, and a
     forward that is kept."""
 
-    def forward(self, cls: Tensor, position: Tensor | None = None) -> Tensor | None:
-        self.kept = Kept(None, None, None)
-        if not (self.frame or self.convolutions):
-            return None
-        self._look_at(cls, position)
+    def _computed(self, cls: Tensor) -> Kept:
         of_frames = of_pairs = None
         if self.frame:
             normalized = empty(self.tokens, cls, self.dtype)
@@ -57,8 +53,7 @@ class ClassLevels(OfKernels):
             of_pairs = torch.addmm(self.parameters[7], normalized, self.parameters[6].t()).view(self.shapes[1])
         context = empty(self.shapes[1], cls, wide_dtype(cls))
         self._launch("class_levels_context", **self._of_context(of_pairs), context=context)
-        self.kept = Kept(of_frames, of_pairs, context)
-        return context
+        return Kept(of_frames, of_pairs, context)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         expect(grad, (grad, self.shapes[1]))
